@@ -1,0 +1,244 @@
+"""DiT-MoE: a mixture of experts in place of every MLP, routed by token.
+
+Paper: Fei et al., Scaling Diffusion Transformers to 16 Billion Parameters, arXiv 2407.11633.
+
+    eq. 3-5, token-choice top-k routing        `Router`
+    section 3.2, shared expert routing         `MixtureMLP.shared`
+    section 3.2, expert-level balance loss     `balance_loss`
+    SwiGLU experts (released code)             `expert_mlp`
+
+Tokens are sorted by expert and the experts run as grouped matrix products over stacked weights (E, out, in).
+
+Deviations: the paper's balance weight is 0.005; the default is the released code's 0.01. The balance statistics are
+those of the whole global batch under data parallelism (`balance_scope: local` is the released code's per-rank form);
+with gradient accumulation they are those of a micro-batch. `expert: gelu_mlp` (experts of the dense MLP's form, for an exact start
+from a dense model) is not in the paper.
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.intervals import Interval, partition
+from bench.method import (
+    Denoiser,
+    Diagnostics,
+    Method,
+    Prediction,
+    Probe,
+    check_choice,
+    check_range,
+    check_timesteps,
+    timestep_index,
+)
+from methods.backbone import Block, DiT, Shape, init_linear
+from methods.grouped import combine_rows, grouped_linear, sort_by_expert, take_rows
+
+
+class Router(nn.Module):
+    """Tokens (n, D) -> probabilities (n, E) and, for each token, the indices of its k experts and their gates (n, k)."""
+
+    def __init__(self, width: int, experts: int, top_k: int, renormalise: bool) -> None:
+        super().__init__()
+        self.top_k, self.renormalise = top_k, renormalise
+        self.weight = nn.Parameter(torch.empty(experts, width))
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.autocast(tokens.device.type, enabled=False):
+            probabilities = F.linear(tokens.float(), self.weight.float()).softmax(dim=-1)
+        gates, chosen = probabilities.topk(self.top_k, dim=-1)
+        if self.renormalise:
+            gates = gates / gates.sum(dim=-1, keepdim=True)
+        return probabilities, chosen, gates
+
+
+class MixtureMLP(nn.Module):
+    """Routed experts plus shared experts, tokens (B, N, D) -> (B, N, D). Weights are stacked over experts, (E, out, in)."""
+
+    def __init__(self, shape: Shape, experts: int, top_k: int, shared_width: float, expert: str, renormalise: bool) -> None:
+        super().__init__()
+        D, hidden = shape.width, shape.mlp_width
+        self.router = Router(D, experts, top_k, renormalise)
+        self.gated = expert == "swiglu"
+        self.weight_in = nn.Parameter(torch.empty(experts, 2 * hidden if self.gated else hidden, D))
+        self.weight_out = nn.Parameter(torch.empty(experts, D, hidden))
+        self.bias_in = None if self.gated else nn.Parameter(torch.empty(experts, hidden))
+        self.bias_out = None if self.gated else nn.Parameter(torch.empty(experts, D))
+        self.shared = SwiGLU(D, int(shared_width * D)) if shared_width else None
+
+    def initialise(self) -> None:
+        nn.init.kaiming_uniform_(self.router.weight, a=math.sqrt(5))
+        for expert in range(len(self.weight_in)):
+            for matrix in self.weight_in[expert].chunk(2) if self.gated else [self.weight_in[expert]]:
+                init_linear(matrix, None)
+            init_linear(self.weight_out[expert], None)
+        for bias in (self.bias_in, self.bias_out):
+            if bias is not None:
+                nn.init.zeros_(bias)
+        if self.shared is not None:
+            self.shared.initialise()
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The output, the mean router probability of each expert (E,) and the share of assignments each got (E,)."""
+        rows = tokens.reshape(-1, tokens.shape[-1])  # (n, D)
+        probabilities, chosen, gates = self.router(rows)
+        order, inverse, ends = sort_by_expert(chosen, probabilities.shape[-1])
+        mixed = expert_mlp(
+            take_rows(rows, order, inverse, chosen.shape[-1]), ends, self.weight_in, self.weight_out, self.bias_in, self.bias_out
+        )
+        output = combine_rows(mixed, gates, order, inverse).view(tokens.shape)
+        if self.shared is not None:
+            output = output + self.shared(tokens)
+        share = ends.diff(prepend=ends.new_zeros(1)) / chosen.numel()
+        return output, probabilities.mean(dim=0), share
+
+
+def expert_mlp(
+    rows: Tensor, ends: Tensor, weight_in: Tensor, weight_out: Tensor, bias_in: Tensor | None, bias_out: Tensor | None
+) -> Tensor:
+    """Rows (n, D), sorted by expert -> (n, D): SwiGLU without biases, GELU with them."""
+    hidden = grouped_linear(rows, weight_in, bias_in, ends)
+    if bias_in is None:
+        gate, up = hidden.chunk(2, dim=-1)
+        hidden = F.silu(gate) * up
+    else:
+        hidden = F.gelu(hidden, approximate="tanh")
+    return grouped_linear(hidden, weight_out, bias_out, ends)
+
+
+class SwiGLU(nn.Module):
+    """`down(silu(gate(x)) * up(x))` without biases; gate and up are one stacked linear."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def initialise(self) -> None:
+        for matrix in (*self.gate_up.weight.chunk(2), self.down.weight):
+            init_linear(matrix, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class MixtureBlock(Block):
+    """A backbone block whose MLP is a mixture; returns the tokens and the mixture's routing statistics."""
+
+    def __init__(self, shape: Shape, *mixture: object) -> None:
+        self.mixture = mixture
+        super().__init__(shape)
+
+    def make_mlp(self, shape: Shape) -> nn.Module:
+        return MixtureMLP(shape, *self.mixture)  # type: ignore[arg-type]
+
+    def initialise(self) -> None:
+        super().initialise()
+        self.mlp.initialise()
+
+    def forward(self, tokens: Tensor, condition: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        statistics = []
+
+        def mlp(x: Tensor) -> Tensor:
+            output, *of_block = self.mlp(x)
+            statistics.extend(of_block)
+            return output
+
+        tokens = self.apply_branches(tokens, condition, self.attn, mlp)
+        return tokens, statistics[0], statistics[1]
+
+
+class DiTMoE(Method):
+    """The backbone with `experts` token-routed experts per block, `top_k` for each token, and shared experts of hidden
+    width `shared_width` * D (0: none).
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        *,
+        num_timesteps: int = 1000,
+        experts: int = 8,
+        top_k: int = 2,
+        shared_width: float = 2.0,
+        balance_weight: float = 0.01,
+        balance_scope: str = "global",
+        expert: str = "swiglu",
+        renormalise: bool = False,
+    ) -> None:
+        super().__init__()
+        check_range("experts", experts, 1, 1024)
+        check_range("top_k", top_k, 1, experts)
+        check_range("shared_width", shared_width, 0, 64)
+        check_range("balance_weight", balance_weight, 0, 1e6)
+        check_choice("balance_scope", balance_scope, ("global", "local"))
+        check_choice("expert", expert, ("swiglu", "gelu_mlp"))
+        self.intervals = partition(1, num_timesteps)
+        self.num_timesteps = num_timesteps
+        self.experts, self.top_k = experts, top_k
+        self.balance_weight, self.balance_scope = balance_weight, balance_scope
+        self.network = DiT(shape, lambda shape: MixtureBlock(shape, experts, top_k, shared_width, expert, renormalise))
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, interval: Interval, progress: float = 0.0) -> Prediction:
+        check_timesteps(t, interval, self.num_timesteps)
+        output, mean_probability, share = self.denoise_and_route(x, t, y)
+        if self.balance_weight == 0:
+            return Prediction(output, {})
+        if self.balance_scope == "global":
+            share = mean_over_ranks(share)
+        return Prediction(output, {"balance": self.balance_weight * balance_loss(mean_probability, share)})
+
+    def denoise_and_route(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Output (B, C_out, H, W); per block and expert, the mean router probability and the share of assignments (L, E)."""
+        tokens, _, condition = self.network.embed(x, t, y)
+        statistics = []
+        for block in self.network.blocks:
+            tokens, *of_block = block(tokens, condition)
+            statistics.append(of_block)
+        mean_probability, share = (torch.stack(list(of_blocks)) for of_blocks in zip(*statistics, strict=True))
+        return self.network.decode(tokens, condition), mean_probability, share
+
+    def specialise(self, interval: Interval) -> Denoiser:
+        return lambda x, t, y: self.denoise_and_route(x, t, y)[0]
+
+    def num_active_parameters(self) -> int:
+        idle = (self.experts - self.top_k) / self.experts
+        routed = sum(
+            p.numel() for block in self.network.blocks for name, p in block.mlp.named_parameters(recurse=False) if p is not None
+        )
+        return super().num_active_parameters() - round(idle * routed)
+
+    @torch.no_grad()
+    def diagnostics(self, probe: Probe | None = None) -> Diagnostics:
+        """Routing is by token, so it is seen on the probe: shares over all tokens of each of 20 groups of timesteps."""
+        if probe is None:
+            return {}
+        num_groups = 20
+        group = timestep_index(probe.t, self.num_timesteps) * num_groups // self.num_timesteps
+        shares = [
+            self.denoise_and_route(probe.x[group == g], probe.t[group == g], probe.y[group == g])[2] for g in range(num_groups)
+        ]
+        routing = torch.stack(shares, dim=1)  # (L, groups, E)
+        return {
+            "routing": (("block", "timestep", "expert"), routing.cpu().numpy()),
+            "expert_usage": (("block", "expert"), routing.mean(dim=1).cpu().numpy()),
+        }
+
+
+def balance_loss(mean_probability: Tensor, share: Tensor) -> Tensor:
+    """Sum over blocks of `sum_i f_i P_i`, f_i = E * the share of assignments that went to expert i; both (L, E)."""
+    return (share.shape[-1] * share * mean_probability).sum()
+
+
+def mean_over_ranks(share: Tensor) -> Tensor:
+    """The global batch's shares. They carry no gradient and the loss is linear in P, so averaging the
+    ranks' gradients then gives exactly the gradient of the global batch's balance loss."""
+    if dist.is_available() and dist.is_initialized():
+        share = share.detach().clone()
+        dist.all_reduce(share)
+        share = share / dist.get_world_size()
+    return share

@@ -1,0 +1,187 @@
+"""Switch-DiT: small experts per block, gated by the timestep.
+
+Paper: Park et al., Switch Diffusion Transformer, arXiv 2403.09176.
+
+    eq. 4, timestep gate, top-k              `TimestepGate`
+    eq. 5-6, gated mask, then the block      `SwitchBlock`
+    section 4.3, target map over L*M slots   `target_slots`
+    section 4.3, assignment                  `match_columns`
+    section 4.3, diffusion-prior loss        `jensen_shannon`, `SwitchDiT.prior`
+
+An expert is one linear, so the mask of a sample, `m = 1 + sum_k g_k E_k(x)`, is a single linear whose weights are mixed
+from its experts: mixing costs M*D^2 a sample instead of k*N*D^2, and nothing is dispatched.
+
+Deviations: where the optimal assignment is not unique, the released code picks one at random; here
+it is the one that scipy's solver finds, the same every time. The gate over all timesteps that
+the assignment needs is computed without gradient, as its result is a constant.
+"""
+
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+
+from bench.intervals import Interval, partition
+from bench.method import Denoiser, Diagnostics, Method, Prediction, Probe, check_range, check_timesteps, timestep_index
+from methods.backbone import Block, DiT, Shape, init_linear
+
+LOG_EPS = 1e-6  # inside the logarithms of the Jensen-Shannon divergence, as released
+
+
+class TimestepGate(nn.Module):
+    """Timestep embedding (B, D) -> probabilities over M experts and, zero outside the top k, gates; both (B, M).
+
+    The kept probabilities are not renormalised.
+    """
+
+    def __init__(self, width: int, experts: int, top_k: int) -> None:
+        super().__init__()
+        self.top_k = top_k
+        self.linear = nn.Linear(width, experts)
+
+    def forward(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        probabilities = self.linear(F.silu(time)).float().softmax(dim=-1)
+        return probabilities, probabilities * self.chosen(probabilities)
+
+    def chosen(self, probabilities: Tensor) -> Tensor:
+        """(B, M): 1 at the k largest, else 0."""
+        return torch.zeros_like(probabilities).scatter(-1, probabilities.topk(self.top_k, dim=-1).indices, 1.0)
+
+
+class SwitchBlock(nn.Module):
+    """A backbone block behind a mask that the timestep's experts compute from its input tokens."""
+
+    def __init__(self, shape: Shape, experts: int, top_k: int) -> None:
+        super().__init__()
+        self.block = Block(shape)
+        self.gate = TimestepGate(shape.width, experts, top_k)
+        self.expert_weight = nn.Parameter(torch.zeros(experts, shape.width, shape.width))  # (M, in, out)
+        self.expert_bias = nn.Parameter(torch.zeros(experts, shape.width))
+
+    def initialise(self) -> None:
+        self.block.initialise()
+        init_linear(self.gate.linear.weight, self.gate.linear.bias)
+        nn.init.zeros_(self.expert_weight)
+        nn.init.zeros_(self.expert_bias)
+
+    def forward(self, tokens: Tensor, condition: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+        """tokens (B, N, D), condition and time (B, D) -> tokens and the gate's probabilities (B, M)."""
+        probabilities, gates = self.gate(time)
+        mask = self.mask(tokens, gates)
+        return self.block(mask * tokens, condition) + (1 - mask) * tokens, probabilities
+
+    def mask(self, tokens: Tensor, gates: Tensor) -> Tensor:
+        """(B, N, D): one plus the gated sum of the experts, as one linear per sample."""
+        width = tokens.shape[-1]
+        weight = (gates @ self.expert_weight.flatten(1)).view(-1, width, width)  # (B, in, out)
+        bias = gates @ self.expert_bias  # (B, D)
+        return 1 + torch.bmm(tokens, weight.to(tokens.dtype)) + bias.unsqueeze(1).to(tokens.dtype)
+
+
+class SwitchDiT(Method):
+    """The backbone with `experts` timestep-gated linears per block, `top_k` of them active."""
+
+    def __init__(
+        self, shape: Shape, *, num_timesteps: int = 1000, experts: int = 3, top_k: int = 2, prior_weight: float = 1.0
+    ) -> None:
+        super().__init__()
+        check_range("experts", experts, 1, 1024)
+        check_range("top_k", top_k, 1, experts)
+        check_range("prior_weight", prior_weight, 0, 1e6)
+        self.intervals = partition(1, num_timesteps)
+        self.num_timesteps = num_timesteps
+        self.experts, self.top_k, self.prior_weight = experts, top_k, prior_weight
+        self.network = DiT(shape, lambda shape: SwitchBlock(shape, experts, top_k))  # type: ignore[arg-type, return-value]
+        self.target: Tensor  # (T, L*M) bool
+        target = target_slots(num_timesteps, shape.depth * experts, shape.depth * top_k)
+        self.register_buffer("target", target, persistent=False)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, interval: Interval, progress: float = 0.0) -> Prediction:
+        check_timesteps(t, interval, self.num_timesteps)
+        output, probabilities = self.denoise_and_route(x, t, y)
+        if self.prior_weight == 0:
+            return Prediction(output, {})
+        return Prediction(output, {"diffusion_prior": self.prior_weight * self.prior(probabilities, t)})
+
+    def denoise_and_route(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Output (B, C_out, H, W) and the gates' probabilities of all blocks (B, L, M)."""
+        tokens, time, condition = self.network.embed(x, t, y)
+        probabilities = []
+        for block in self.network.blocks:
+            tokens, of_block = block(tokens, condition, time)
+            probabilities.append(of_block)
+        return self.network.decode(tokens, condition), torch.stack(probabilities, dim=1)
+
+    def specialise(self, interval: Interval) -> Denoiser:
+        return lambda x, t, y: self.denoise_and_route(x, t, y)[0]
+
+    def prior(self, probabilities: Tensor, t: Tensor) -> Tensor:
+        """The unweighted prior loss (scalar) of probabilities (B, L, M) at timesteps t (B,): the gradient flows through
+        the probabilities only.
+        """
+        matched = self.matched_target()[timestep_index(t, self.num_timesteps)]  # (B, L*M)
+        target = matched / matched.sum(dim=-1, keepdim=True)
+        return jensen_shannon(probabilities.flatten(1) / probabilities.shape[1], target)
+
+    @torch.no_grad()
+    def matched_target(self) -> Tensor:
+        """(T, L*M): the target map with its columns assigned to the slots whose present use is nearest in L1."""
+        target = self.target.float()
+        return target[:, match_columns(match_cost(self.all_chosen().flatten(1), target))]
+
+    @torch.no_grad()
+    def all_probabilities(self) -> Tensor:
+        """(T, L, M): the gates at every timestep."""
+        device = self.network.positions.device
+        time = self.network.time_embedding(torch.arange(self.num_timesteps, device=device))
+        return torch.stack([block.gate(time)[0] for block in self.network.blocks], dim=1)
+
+    @torch.no_grad()
+    def all_chosen(self) -> Tensor:
+        """(T, L, M): 1 where an expert is among the top k of its block, else 0."""
+        return self.network.blocks[0].gate.chosen(self.all_probabilities())
+
+    def num_active_parameters(self) -> int:
+        idle = (self.experts - self.top_k) / self.experts
+        experts = sum(block.expert_weight.numel() + block.expert_bias.numel() for block in self.network.blocks)
+        return super().num_active_parameters() - round(idle * experts)
+
+    def diagnostics(self, probe: Probe | None = None) -> Diagnostics:
+        gates = self.all_probabilities() * self.all_chosen()
+        return {
+            "routing": (("block", "timestep", "expert"), gates.transpose(0, 1).cpu().numpy()),
+            "expert_usage": (("block", "expert"), self.all_chosen().mean(dim=0).cpu().numpy() / self.top_k),
+        }
+
+
+def target_slots(num_timesteps: int, num_slots: int, num_active: int) -> Tensor:
+    """(T, slots) bool: a DTR map (alpha = 4) over the expert slots, `num_active` of them at every timestep."""
+    relative = torch.arange(num_timesteps, dtype=torch.float64) / max(num_timesteps - 1, 1)
+    start = (relative**4 * (num_slots - num_active)).round()[:, None]
+    slot = torch.arange(num_slots)
+    return (slot >= start) & (slot < start + num_active)
+
+
+def match_cost(chosen: Tensor, target: Tensor) -> Tensor:
+    """(slots, slots): L1 distance over all timesteps between the columns of two 0/1 maps (T, slots)."""
+    return chosen.sum(dim=0)[:, None] + target.sum(dim=0)[None, :] - 2 * chosen.T @ target
+
+
+@torch.library.custom_op("timestep_bench::match_columns", mutates_args=())
+def match_columns(cost: Tensor) -> Tensor:
+    """cost (n, n) -> the column assigned to each row (n,) int64 at the least total cost."""
+    columns = linear_sum_assignment(cost.double().cpu().numpy())[1]
+    return torch.from_numpy(columns).to(cost.device)
+
+
+@match_columns.register_fake
+def _(cost: Tensor) -> Tensor:
+    return cost.new_empty(cost.shape[0], dtype=torch.int64)
+
+
+def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
+    """Mean over the batch of the Jensen-Shannon divergence (natural logarithms) between rows of p and q, (B, n)."""
+    middle = ((p + q) / 2 + LOG_EPS).log()
+    of_p = (p * ((p + LOG_EPS).log() - middle)).sum(dim=-1)
+    of_q = (q * ((q + LOG_EPS).log() - middle)).sum(dim=-1)
+    return (of_p / 2 + of_q / 2).mean()
