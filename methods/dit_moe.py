@@ -35,7 +35,7 @@ from bench.method import (
     timestep_index,
 )
 from methods.backbone import Block, DiT, Shape, init_linear
-from methods.grouped import combine_rows, grouped_linear, sort_by_expert, take_rows
+from methods.grouped import combine_rows, grouped_linear, sort_by_expert, take_rows, without_autocast
 
 
 class Router(nn.Module):
@@ -47,7 +47,7 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(experts, width))
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.autocast(tokens.device.type, enabled=False):
+        with without_autocast(tokens.device.type):  # softmax over experts in float32: near-ties decide the routing
             probabilities = F.linear(tokens.float(), self.weight.float()).softmax(dim=-1)
         gates, chosen = probabilities.topk(self.top_k, dim=-1)
         if self.renormalise:

@@ -4,6 +4,8 @@ Rows are sorted by expert; `torch.nn.functional.grouped_mm` multiplies each grou
 float32 (where the build has it), bfloat16 and float16 of one dtype, strides in multiples of 16 bytes and int32 offsets, and does not follow autocast.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -63,7 +65,7 @@ def combine_rows(rows: Tensor, gates: Tensor, order: Tensor, inverse: Tensor) ->
 def grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor) -> Tensor:
     """Rows (n, in), sorted by expert, weight (E, out, in), bias (E, out), ends (E,) -> (n, out)."""
     device = rows.device.type
-    if torch.is_autocast_enabled(device):  # grouped_mm does not follow autocast
+    if device != "meta" and torch.is_autocast_enabled(device):  # grouped_mm does not follow autocast
         dtype = torch.get_autocast_dtype(device)
         rows, weight = rows.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
@@ -72,6 +74,11 @@ def grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, ends: Tens
         return product
     expert = torch.searchsorted(ends, torch.arange(len(rows), device=rows.device, dtype=ends.dtype), right=True)
     return product + F.one_hot(expert, len(weight)).to(bias.dtype) @ bias  # a matrix product: its gradient has no atomics
+
+
+def without_autocast(device: str) -> AbstractContextManager[object]:
+    """A context in which a computation keeps its dtype. (Autocast does not know the meta device.)"""
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 def can_group(rows: Tensor, weight: Tensor) -> bool:
