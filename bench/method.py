@@ -3,7 +3,7 @@
 A method is one class in one file of `methods/`. Trainer, sampler and evaluator know only this contract.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,7 +30,7 @@ class Probe(NamedTuple):
     """Noised held-out images, at timesteps over the whole schedule, on which routing can be looked at."""
 
     x: Tensor  # (B, C, H, W)
-    t: Tensor  # (B,) int64
+    t: Tensor  # (B,) int64, or float in (0, 1)
     y: Tensor  # (B,) int64
 
 
@@ -57,6 +57,13 @@ class Method(nn.Module):
         """Optimiser groups (`params`, `lr`) that cover every trainable parameter once."""
         return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": lr}]
 
+    def load_dense(self, state: Mapping[str, Tensor]) -> None:
+        """Start from a trained dense backbone, given as its state dict (`Dense(...).network.state_dict()`).
+
+        Raises ValueError if the state does not fit, or if this method cannot start from a dense network.
+        """
+        raise ValueError(f"{type(self).__name__} cannot start from a dense network: start it from random weights")
+
     def num_active_parameters(self) -> int:
         """Parameters that one image passes through at one timestep."""
         return sum(p.numel() for p in self.parameters())
@@ -66,6 +73,24 @@ class Method(nn.Module):
         `routing` (block, timestep, expert), `channel_mask` (timestep, channel) ... Without a probe, only what needs no data.
         """
         return {}
+
+
+def load_exactly(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Copy `state` into `module`; one ValueError that lists every unknown, missing or misshaped tensor of `source`."""
+    present = module.state_dict()
+    unfit = {
+        "unknown": [name for name in state if name not in present],
+        "missing": [name for name in present if name not in state],
+        "misshaped": [
+            f"{name} {tuple(state[name].shape)} where {tuple(tensor.shape)} is expected"
+            for name, tensor in present.items()
+            if name in state and state[name].shape != tensor.shape
+        ],
+    }
+    if any(unfit.values()):
+        problems = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in unfit.items() if names)
+        raise ValueError(f"{source} does not fit the network ({problems}): give one of the same sizes")
+    module.load_state_dict(dict(state))
 
 
 def timestep_index(t: Tensor, num_timesteps: int) -> Tensor:

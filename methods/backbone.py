@@ -14,6 +14,7 @@ Deviations: none from the released code. Label dropout is drawn by the trainer (
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -99,6 +100,7 @@ class TimestepEmbedding(nn.Module):
     """t (B,) -> (B, D): 256 sinusoids (cosines first), then two linears. t is an index or, continuous, in [0, 1]."""
 
     num_frequencies = 128
+    frequencies: Tensor  # (128,)
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -150,6 +152,9 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 class Block(nn.Module):
     """adaLN-Zero transformer block: tokens (B, N, D), condition (B, D) -> (B, N, D)."""
+
+    attn: Any  # modules whose classes a method may choose
+    mlp: Any
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -211,6 +216,9 @@ def init_zero(linear: nn.Linear) -> None:
 
 class DiT(nn.Module):
     """The dense network: x (B, C, H, W), t (B,), y (B,) -> (B, C_out, H, W). `block` is the class of its blocks."""
+
+    positions: Tensor  # (1, N, D)
+    blocks: Any  # nn.ModuleList of that class
 
     def __init__(self, shape: Shape, block: Callable[[Shape], Block] = Block) -> None:
         super().__init__()

@@ -5,10 +5,12 @@ Paper: Peebles & Xie, arXiv 2212.09748; see `methods/backbone.py` for the equati
 Deviations: none.
 """
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from bench.intervals import Interval, partition
-from bench.method import Denoiser, Method, Prediction, check_timesteps
+from bench.method import Denoiser, Method, Prediction, check_timesteps, load_exactly
 from methods.backbone import DiT, Shape
 
 
@@ -27,3 +29,6 @@ class Dense(Method):
 
     def specialise(self, interval: Interval) -> Denoiser:
         return self.network
+
+    def load_dense(self, state: Mapping[str, Tensor]) -> None:
+        load_exactly(self.network, state, "the dense state")

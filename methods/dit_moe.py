@@ -11,11 +11,12 @@ Tokens are sorted by expert and the experts run as grouped matrix products over 
 
 Deviations: the paper's balance weight is 0.005; the default is the released code's 0.01. The balance statistics are
 those of the whole global batch under data parallelism (`balance_scope: local` is the released code's per-rank form);
-with gradient accumulation they are those of a micro-batch. `expert: gelu_mlp` (experts of the dense MLP's form, for an exact start
-from a dense model) is not in the paper.
+with gradient accumulation they are those of a micro-batch. `expert: gelu_mlp` (experts of the dense MLP's form, for an
+exact start from a dense model) is not in the paper.
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
@@ -32,10 +33,13 @@ from bench.method import (
     check_choice,
     check_range,
     check_timesteps,
+    load_exactly,
     timestep_index,
 )
 from methods.backbone import Block, DiT, Shape, init_linear
 from methods.grouped import combine_rows, grouped_linear, sort_by_expert, take_rows, without_autocast
+
+DENSE_MLP = {"fc1.weight": "weight_in", "fc1.bias": "bias_in", "fc2.weight": "weight_out", "fc2.bias": "bias_out"}
 
 
 class Router(nn.Module):
@@ -180,6 +184,7 @@ class DiTMoE(Method):
         self.intervals = partition(1, num_timesteps)
         self.num_timesteps = num_timesteps
         self.experts, self.top_k = experts, top_k
+        self.upcycles_exactly = expert == "gelu_mlp" and renormalise and not shared_width
         self.balance_weight, self.balance_scope = balance_weight, balance_scope
         self.network = DiT(shape, lambda shape: MixtureBlock(shape, experts, top_k, shared_width, expert, renormalise))
 
@@ -205,6 +210,26 @@ class DiTMoE(Method):
     def specialise(self, interval: Interval) -> Denoiser:
         return lambda x, t, y: self.denoise_and_route(x, t, y)[0]
 
+    @torch.no_grad()
+    def load_dense(self, state: Mapping[str, Tensor]) -> None:
+        """Every expert starts as a copy of the dense MLP and the router as N(0, 0.02): outputs then equal the dense ones."""
+        if not self.upcycles_exactly:
+            raise ValueError(
+                "DiT-MoE cannot start from this dense network: SwiGLU experts, shared experts or gates that do not sum to 1 "
+                "cannot reproduce its MLP; set expert: gelu_mlp, shared_width: 0 and renormalise: true"
+            )
+        mixture = {}
+        for name, tensor in state.items():
+            block, is_mlp, part = name.partition(".mlp.")
+            if is_mlp and part in DENSE_MLP:
+                mixture[f"{block}.mlp.{DENSE_MLP[part]}"] = tensor.expand(self.experts, *tensor.shape)
+            else:
+                mixture[name] = tensor
+        for name, tensor in self.network.state_dict().items():
+            if name.endswith("router.weight"):
+                mixture[name] = torch.randn_like(tensor) * 0.02
+        load_exactly(self.network, mixture, "the dense state")
+
     def num_active_parameters(self) -> int:
         idle = (self.experts - self.top_k) / self.experts
         routed = sum(
@@ -214,18 +239,19 @@ class DiTMoE(Method):
 
     @torch.no_grad()
     def diagnostics(self, probe: Probe | None = None) -> Diagnostics:
-        """Routing is by token, so it is seen on the probe: shares over all tokens of each of 20 groups of timesteps."""
+        """Routing is by token, so it is seen on the probe: shares over all tokens of each of 20 groups of timesteps
+        (NaN for a group that the probe does not reach)."""
         if probe is None:
             return {}
-        num_groups = 20
+        num_groups = min(20, self.num_timesteps)
         group = timestep_index(probe.t, self.num_timesteps) * num_groups // self.num_timesteps
-        shares = [
-            self.denoise_and_route(probe.x[group == g], probe.t[group == g], probe.y[group == g])[2] for g in range(num_groups)
-        ]
-        routing = torch.stack(shares, dim=1)  # (L, groups, E)
+        routing = probe.x.new_full((len(self.network.blocks), num_groups, self.experts), float("nan"))
+        for g in group.unique().tolist():  # a group without an image stays NaN
+            inside = group == g
+            routing[:, g] = self.denoise_and_route(probe.x[inside], probe.t[inside], probe.y[inside])[2]
         return {
             "routing": (("block", "timestep", "expert"), routing.cpu().numpy()),
-            "expert_usage": (("block", "expert"), routing.mean(dim=1).cpu().numpy()),
+            "expert_usage": (("block", "expert"), routing.nanmean(dim=1).cpu().numpy()),
         }
 
 

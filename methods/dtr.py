@@ -15,6 +15,8 @@ Deviations: the window has a fixed width, as in the released code (the paper's t
 draws one subset per timestep and block, as the released code does, but from a seed (`routing_seed`).
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,7 @@ from bench.method import (
     check_choice,
     check_range,
     check_timesteps,
+    load_exactly,
     timestep_index,
 )
 from methods.backbone import DiT, Shape
@@ -75,6 +78,10 @@ class DTR(Method):
 
     def specialise(self, interval: Interval) -> Denoiser:
         return self.denoise
+
+    def load_dense(self, state: Mapping[str, Tensor]) -> None:
+        """The backbone's weights as they are; the outputs differ from the dense ones by the masks, unless beta is 1."""
+        load_exactly(self.network, state, "the dense state")
 
     def diagnostics(self, probe: Probe | None = None) -> Diagnostics:
         axes = ("timestep", "channel") if self.routing == "sliding" else ("block", "timestep", "channel")

@@ -1,7 +1,8 @@
 """How do sorted rows run through stacked experts without a loop or a host synchronisation?
 
 Rows are sorted by expert; `torch.nn.functional.grouped_mm` multiplies each group with its expert's matrix. It takes
-float32 (where the build has it), bfloat16 and float16 of one dtype, strides in multiples of 16 bytes and int32 offsets, and does not follow autocast.
+float32 (where the build has it), bfloat16 and float16 of one dtype, strides in multiples of 16 bytes and int32 offsets,
+and does not follow autocast.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -69,7 +70,10 @@ def grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, ends: Tens
         dtype = torch.get_autocast_dtype(device)
         rows, weight = rows.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    product = F.grouped_mm(rows, weight.transpose(-2, -1), offs=ends) if can_group(rows, weight) else looped_mm(rows, weight, ends)
+    if can_group(rows, weight):
+        product = F.grouped_mm(rows, weight.transpose(-2, -1), offs=ends)
+    else:
+        product = looped_mm(rows, weight, ends)
     if bias is None:
         return product
     expert = torch.searchsorted(ends, torch.arange(len(rows), device=rows.device, dtype=ends.dtype), right=True)

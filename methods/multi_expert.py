@@ -3,20 +3,22 @@
 Papers: the interval experts of eDiff-I (arXiv 2211.01324) and MEME, and the multi-expert baseline of Remix-DiT's
 Table 1 (arXiv 2412.05628, section 4.2).
 
-    E equal intervals, start = i*T // E        `bench.intervals.partition`
+    E equal intervals, t in the t*E // T-th    `bench.intervals.partition`
     expert of a timestep                       `MultiExpert.forward`
 
 The experts share nothing and never communicate. The budget is the sum over experts: at equal images each of E experts
 gets 1/E of the updates.
 
 Deviations: from scratch, each expert draws its own initial weights (Remix-DiT's baseline starts every expert from one
-pre-trained network: load that into each).
+pre-trained network: `load_dense`).
 """
+
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
 from bench.intervals import Interval, partition
-from bench.method import Denoiser, Method, Prediction, check_timesteps
+from bench.method import Denoiser, Method, Prediction, check_timesteps, load_exactly
 from methods.backbone import DiT, Shape
 
 
@@ -35,6 +37,11 @@ class MultiExpert(Method):
 
     def specialise(self, interval: Interval) -> Denoiser:
         return self.networks[interval.index]
+
+    def load_dense(self, state: Mapping[str, Tensor]) -> None:
+        """Every expert starts as a copy."""
+        for network in self.networks:
+            load_exactly(network, state, "the dense state")
 
     def num_active_parameters(self) -> int:
         return sum(p.numel() for p in self.networks[0].parameters())

@@ -18,6 +18,7 @@ drawn logits. With `mixer: raw` the table starts at the softmax of the drawn log
 prior loss is for `mixer: softmax` only.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -26,7 +27,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.intervals import Interval, partition
-from bench.method import Denoiser, Diagnostics, Method, Prediction, Probe, check_choice, check_range, check_timesteps
+from bench.method import (
+    Denoiser,
+    Diagnostics,
+    Method,
+    Prediction,
+    Probe,
+    check_choice,
+    check_range,
+    check_timesteps,
+    load_exactly,
+)
 from methods.backbone import Block, DiT, Shape, attend, init_linear
 
 
@@ -185,6 +196,16 @@ class RemixDiT(Method):
         expert.load_state_dict(state, assign=True)
         expert.time_embedding.frequencies = self.network.time_embedding.frequencies  # not in a state dict
         return expert.requires_grad_(False).eval()
+
+    def load_dense(self, state: Mapping[str, Tensor]) -> None:
+        """Every basis starts as a copy, so every expert whose coefficients sum to 1 equals the dense network."""
+        stacked = dict(state)
+        for index, block in enumerate(self.network.blocks):
+            for name, linear in block.bases().items():
+                for key in (f"blocks.{index}.{name}.weight", f"blocks.{index}.{name}.bias"):
+                    if key in state:
+                        stacked[key] = state[key].expand(len(linear.weight), *state[key].shape)
+        load_exactly(self.network, stacked, "the dense state")
 
     def param_groups(self, lr: float) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = [{"params": list(self.network.parameters()), "lr": lr}]

@@ -16,13 +16,26 @@ it is the one that scipy's solver finds, the same every time. The gate over all 
 the assignment needs is computed without gradient, as its result is a constant.
 """
 
+import re
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from bench.intervals import Interval, partition
-from bench.method import Denoiser, Diagnostics, Method, Prediction, Probe, check_range, check_timesteps, timestep_index
+from bench.method import (
+    Denoiser,
+    Diagnostics,
+    Method,
+    Prediction,
+    Probe,
+    check_range,
+    check_timesteps,
+    load_exactly,
+    timestep_index,
+)
 from methods.backbone import Block, DiT, Shape, init_linear
 
 LOG_EPS = 1e-6  # inside the logarithms of the Jensen-Shannon divergence, as released
@@ -140,6 +153,16 @@ class SwitchDiT(Method):
     def all_chosen(self) -> Tensor:
         """(T, L, M): 1 where an expert is among the top k of its block, else 0."""
         return self.network.blocks[0].gate.chosen(self.all_probabilities())
+
+    @torch.no_grad()
+    def load_dense(self, state: Mapping[str, Tensor]) -> None:
+        """The dense blocks, with experts at zero: the outputs then equal the dense ones. Gates keep their values."""
+        inner = {re.sub(r"^blocks\.(\d+)\.", r"blocks.\1.block.", name): tensor for name, tensor in state.items()}
+        own = {name: tensor for name, tensor in self.network.state_dict().items() if ".block." not in name and "blocks." in name}
+        load_exactly(self.network, own | inner, "the dense state")
+        for block in self.network.blocks:
+            block.expert_weight.zero_()
+            block.expert_bias.zero_()
 
     def num_active_parameters(self) -> int:
         idle = (self.experts - self.top_k) / self.experts

@@ -1,0 +1,89 @@
+"""How is a run's state kept so that no crash can lose or damage it?
+
+One safetensors file per checkpoint (tensors, and the counters as JSON in its header) with a digest of its contents, written under
+a temporary name, flushed and renamed. The last two are kept; a damaged one is passed over with a warning. Loading executes nothing.
+"""
+
+import hashlib
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+KEPT = 2
+
+
+class Checkpoint(NamedTuple):
+    tensors: dict[str, Tensor]
+    counters: dict[str, Any]
+
+
+def save(folder: Path, step: int, tensors: dict[str, Tensor], counters: dict[str, Any]) -> Path:
+    """Write the state after `step` steps and remove all but the last two."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"counters": json.dumps(counters, sort_keys=True), "digest": _digest(tensors, counters)}
+    path = folder / f"step-{step:09d}.safetensors"
+    temporary = path.with_suffix(".tmp")
+    try:
+        save_file(tensors, temporary, metadata)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    for old in list_checkpoints(folder)[:-KEPT]:
+        old.unlink()
+    return path
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted(folder.glob("step-*.safetensors"))
+
+
+def load(path: Path) -> Checkpoint:
+    """Read one checkpoint; ValueError in one sentence if it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        counters = json.loads(metadata["counters"])
+    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"checkpoint {path} cannot be read ({_short(error)}): delete it and resume from the one before") from None
+    if _digest(tensors, counters) != metadata.get("digest"):
+        raise ValueError(f"checkpoint {path} is damaged (its contents do not match its checksum): delete it and resume")
+    return Checkpoint(tensors, counters)
+
+
+def load_latest(folder: Path) -> Checkpoint | None:
+    """The newest sound checkpoint, None if there is none at all; ValueError if there are some and all are damaged."""
+    errors = []
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            return load(path)
+        except ValueError as error:
+            errors.append(str(error))
+            warnings.warn(str(error), stacklevel=2)
+    if errors:
+        raise ValueError(f"every checkpoint in {folder} is damaged: delete the folder to train from the start ({errors[0]})")
+    return None
+
+
+def _digest(tensors: dict[str, Tensor], counters: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(counters, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__

@@ -1,0 +1,86 @@
+"""How do several processes act as one trainer?
+
+Ranks hold the same weights and see slices of the same global batch. Everything that is decided, is decided by rank 0 for all.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among the ranks; the default is a process on its own."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def slice_of(self, count: int) -> slice:
+        """This rank's part of `count` items; ValueError unless they can be shared equally."""
+        if count % self.size:
+            raise ValueError(f"a batch of {count} cannot be shared equally by {self.size} ranks: choose a multiple of {self.size}")
+        share = count // self.size
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks, on every rank."""
+        if self.size > 1:
+            tensor = tensor.clone()
+            dist.all_reduce(tensor)
+        return tensor
+
+    def average_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
+        """Replace each gradient by its mean over ranks, in one message per dtype.
+
+        All ranks train the same interval, so the same parameters have gradients everywhere; the others keep none, and neither
+        optimiser nor average touches them.
+        """
+        if self.size == 1:
+            return
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        for dtype in dict.fromkeys(g.dtype for g in gradients):
+            of_dtype = [g for g in gradients if g.dtype == dtype]
+            flat = torch.cat([g.reshape(-1) for g in of_dtype])
+            dist.all_reduce(flat)
+            flat /= self.size
+            for gradient, part in zip(of_dtype, flat.split([g.numel() for g in of_dtype]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    def decide(self, value: bool, device: torch.device) -> bool:
+        """Rank 0's answer, on every rank."""
+        if self.size == 1:
+            return value
+        answer = torch.tensor(int(value), device=device)
+        dist.broadcast(answer, src=0)
+        return bool(answer)
+
+    def share_block(self, block: Tensor, owner: int) -> Tensor:
+        """A tensor that rank `owner` computed, on every rank; the others pass an empty one of the same shape."""
+        if self.size > 1:
+            dist.broadcast(block, src=owner)
+        return block
+
+
+@contextmanager
+def world_from_environment(device: torch.device) -> Iterator[World]:
+    """Join the ranks that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT name (gloo on CPU, nccl on GPU), and leave them
+    at the end; without WORLD_SIZE, a process on its own.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World()
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield World(dist.get_rank(), size)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,52 @@
+"""How is a small file written so that nobody sees half of it, and read so that damage is named?"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write a file under a temporary name, flush it to disk and rename it: a reader sees all of it or what was there before."""
+    write_bytes_atomically(path, text.encode())
+
+
+def write_json_atomically(path: Path, value: Any) -> None:
+    """As `write_text_atomically`. NaN and infinities are written as Python's json does."""
+    write_text_atomically(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_bytes_atomically(path: Path, content: bytes) -> None:
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path, kind: type) -> Any:
+    """A JSON file of a dict or a list; empty if it does not exist."""
+    text = read_text(path)
+    if not path.exists():
+        return kind()
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        raise ValueError(f"{path} is damaged, as it is no JSON: delete it and run this again") from None
+    if not isinstance(value, kind):
+        raise ValueError(f"{path} holds a {type(value).__name__}, not a {kind.__name__}: delete it and run this again")
+    return value
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ""
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is damaged, as it is no UTF-8 text: delete it and run this again") from None

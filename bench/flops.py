@@ -1,0 +1,95 @@
+"""What does one optimiser step, and one image, cost in floating-point operations?
+
+Counted with `torch.utils.flop_counter` on the meta device, where nothing is computed: the count does not depend on the machine, and attention
+is counted without the recomputation that fused kernels do in their backward pass. FLOPs are 2 * multiply-accumulates of matrix products; the
+papers' "Gflops" are multiply-accumulates. Two batch sizes separate what is paid once per step (weight mixing, gate tables) from what
+is paid per image.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.intervals import Interval
+from bench.method import Method
+
+BATCHES = (8, 24)
+MAX_INTERVALS = 16  # measured, evenly spaced; the experts of a family usually cost the same
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs of training (forward and backward, penalties included) and of one unguided network evaluation for sampling."""
+
+    train_flops_per_step: float  # fixed
+    train_flops_per_image: float
+    forward_flops_per_image: float
+
+    def train_flops(self, batch_size: int) -> float:
+        """Of one optimiser step on `batch_size` images."""
+        return self.train_flops_per_step + batch_size * self.train_flops_per_image
+
+    @property
+    def forward_macs_per_image(self) -> float:
+        return self.forward_flops_per_image / 2
+
+
+def measure(method: Method, image_shape: tuple[int, int, int], num_classes: int) -> Cost:
+    """The cost of a method on images (C, H, W), averaged over its intervals by length."""
+    twin = copy.deepcopy(method).to("meta")
+    chosen = _spread(twin.intervals)
+    weights = [interval.length / sum(i.length for i in chosen) for interval in chosen]
+    fixed = per_image = forward = 0.0
+    for interval, weight in zip(chosen, weights, strict=True):
+        step = [_count_training(twin, interval, image_shape, batch) for batch in BATCHES]
+        slope = (step[1] - step[0]) / (BATCHES[1] - BATCHES[0])
+        fixed += weight * (step[0] - slope * BATCHES[0])
+        per_image += weight * slope
+        denoiser = twin.specialise(interval)
+        evaluation = [count_flops(lambda d=denoiser, b=b, i=interval: d(*_inputs(i, image_shape, b))) for b in BATCHES]
+        forward += weight * (evaluation[1] - evaluation[0]) / (BATCHES[1] - BATCHES[0])
+    return Cost(fixed, per_image, forward)
+
+
+def count_flops(run: Callable[[], Any]) -> int:
+    """FLOPs of everything `run()` computes, backward passes included."""
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+        run()
+    return int(counter.get_total_flops())
+
+
+def _count_training(method: Method, interval: Interval, image_shape: tuple[int, int, int], batch: int) -> int:
+    def step() -> None:
+        prediction = method(*_inputs(interval, image_shape, batch), interval, 0.0)
+        torch.stack([prediction.output.square().mean(), *prediction.penalties.values()]).sum().backward()
+
+    flops = count_flops(step)
+    method.zero_grad(set_to_none=True)
+    return flops
+
+
+def _inputs(interval: Interval, image_shape: tuple[int, int, int], batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    t = torch.full((batch,), interval.start, dtype=torch.int64, device="meta")
+    return torch.empty(batch, *image_shape, device="meta"), t, torch.zeros(batch, dtype=torch.int64, device="meta")
+
+
+def _spread(intervals: tuple[Interval, ...]) -> list[Interval]:
+    if len(intervals) <= MAX_INTERVALS:
+        return list(intervals)
+    return [intervals[i * len(intervals) // MAX_INTERVALS] for i in range(MAX_INTERVALS)]
+
+
+def _grouped_mm_flops(a_shape: Any, b_shape: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    """PyTorch's counter has no formula for grouped products and would count them as zero.
+
+    Rows (n, k) with matrices (E, k, m), or for the weights' gradient (k, n) with (n, m): each row meets one matrix.
+    """
+    return 2 * int(a_shape[0]) * int(a_shape[1]) * int(b_shape[-1])
+
+
+FORMULAS = {torch.ops.aten._grouped_mm: _grouped_mm_flops} if hasattr(torch.ops.aten, "_grouped_mm") else {}

@@ -1,0 +1,73 @@
+"""How well does a run denoise images that it has not seen, timestep by timestep?
+
+Training losses of methods with different intervals or penalties cannot be compared. This is the plain squared error on the same
+held-out images, timesteps and noise for every method, seed and point in training, in the same bins of timesteps.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench.config import HeldoutConfig
+from bench.data import DataSource
+from bench.distributed import World
+from bench.intervals import Interval, partition
+from bench.method import Method, Probe
+from bench.objective import Objective
+from bench.randomness import Batch, generator
+
+BLOCK = 64  # images evaluated together; fixed, so that the numbers do not depend on the number of ranks
+
+
+class HeldoutSet(NamedTuple):
+    """Fixed images, noise and times: `images_per_bin` of each bin, timesteps spread evenly over it."""
+
+    bins: tuple[Interval, ...]
+    x0: Tensor  # (n, C, H, W)
+    noise: Tensor  # (n, C, H, W)
+    index: Tensor  # (n,) int64: the timestep, for bins and intervals
+    t: Tensor  # (n,) what the network gets: the index or, for rectified flow, the middle of its cell in (0, 1)
+    y: Tensor  # (n,)
+
+
+def make_heldout_set(config: HeldoutConfig, data: DataSource, num_timesteps: int, continuous: bool) -> HeldoutSet:
+    """ValueError if there are more bins than timesteps."""
+    if config.bins > num_timesteps:
+        raise ValueError(f"heldout.bins is {config.bins}, more than the {num_timesteps} timesteps: choose fewer")
+    bins = partition(config.bins, num_timesteps)
+    per_bin = torch.arange(config.images_per_bin)
+    index = torch.cat([b.start + per_bin * b.length // config.images_per_bin for b in bins])
+    x0, y = data.heldout.batch(torch.arange(len(index)) % len(data.heldout))
+    noise = torch.randn(x0.shape, generator=generator(0, "held-out noise"))
+    return HeldoutSet(bins, x0, noise, index, (index + 0.5) / num_timesteps if continuous else index, y)
+
+
+@torch.no_grad()
+def heldout_losses(method: Method, objective: Objective, held: HeldoutSet, world: World, device: torch.device) -> list[float]:
+    """The mean squared error of each bin."""
+    losses = torch.zeros(len(held.index), dtype=torch.float64)
+    block_number = 0
+    for interval in method.intervals:
+        rows = torch.nonzero((held.index >= interval.start) & (held.index < interval.stop)).squeeze(1)
+        mine = []
+        for block in rows.split(BLOCK):
+            if block_number % world.size == world.rank and len(block):
+                mine.append(block)
+            block_number += 1
+        if not mine:
+            continue
+        denoiser = method.specialise(interval)
+        for block in mine:
+            batch = Batch(held.x0[block], held.noise[block], held.t[block], held.y[block], interval).to(device)
+            x_t = objective.noised(batch.x0, batch.t, batch.noise)
+            terms = objective.terms(denoiser(x_t, batch.t, batch.y), x_t, batch)
+            losses[block] = next(iter(terms.values())).double().cpu()
+    losses = world.sum(losses.to(device)).cpu()
+    return [float(losses[(held.index >= b.start) & (held.index < b.stop)].mean()) for b in held.bins]
+
+
+def probe_of(held: HeldoutSet, objective: Objective, device: torch.device) -> Probe:
+    """The held-out set, noised: what routing is looked at on."""
+    x_t = objective.noised(held.x0, held.t, held.noise)
+    return Probe(x_t.to(device), held.t.to(device), held.y.to(device))

@@ -1,0 +1,85 @@
+"""What does optimiser step k see?
+
+Every random number comes from a generator seeded by (seed, purpose, place): the place is the optimiser step or a block of sample
+indices, never a rank or a device. All of a step is drawn for the GLOBAL batch, on the CPU; a rank takes its slice. A step trains one
+expert, and which one follows from the step (`bench.intervals.interval_at_step`), so the k-th step names the expert and that expert's own
+step: an expert trained in a job of its own draws the same numbers. At equal batch sizes all methods see the same images, noise, dropped
+labels and relative timesteps at step k.
+"""
+
+import hashlib
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench.config import RunConfig
+from bench.data import DataSource
+from bench.diffusion import clustered_timesteps
+from bench.flow import flow_times
+from bench.intervals import Interval
+
+
+class Batch(NamedTuple):
+    """A drawn batch, of one interval."""
+
+    x0: Tensor  # (B, C, H, W)
+    noise: Tensor  # (B, C, H, W)
+    t: Tensor  # (B,) int64, or float in (0, 1) for rectified flow
+    y: Tensor  # (B,) int64; num_classes where the label was dropped
+    interval: Interval
+    progress: float = 0.0  # the part of the budget that is spent, in [0, 1]
+
+    def part(self, rows: slice) -> "Batch":
+        return self._replace(x0=self.x0[rows], noise=self.noise[rows], t=self.t[rows], y=self.y[rows])
+
+    def to(self, device: torch.device) -> "Batch":
+        if device.type == "cpu":
+            return self
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("x0", "noise", "t", "y")}
+        return self._replace(**moved)
+
+
+def generator(seed: int, *place: object) -> torch.Generator:
+    """A CPU generator for one purpose at one place."""
+    key = "/".join(map(str, (seed, *place)))
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1)
+
+
+def draw_batch(step: int, interval: Interval, config: RunConfig, data: DataSource, progress: float) -> Batch:
+    """The global batch of optimiser step `step` (from 0)."""
+    count, seed = config.train.batch_size, config.seed
+    x0, y = data.train.batch(image_indices(step, count, len(data.train), seed))
+    if config.data.flip:
+        flipped = torch.rand(count, generator=generator(seed, "flip", step)) < 0.5
+        x0 = torch.where(flipped[:, None, None, None], x0.flip(-1), x0)
+    dropped = torch.rand(count, generator=generator(seed, "label dropout", step)) < config.train.label_dropout
+    y = y.masked_fill(dropped, data.num_classes)
+    t = draw_timesteps(step, interval, config)
+    noise = torch.randn(x0.shape, generator=generator(seed, "noise", step))
+    return Batch(x0, noise, t, y, interval, progress)
+
+
+def draw_timesteps(step: int, interval: Interval, config: RunConfig) -> Tensor:
+    """(B,): uniform over the interval, or as the objective asks."""
+    count, source = config.train.batch_size, generator(config.seed, "timestep", step)
+    if config.diffusion.objective == "flow":
+        return flow_times(config.diffusion.flow_times, count, source)
+    if config.diffusion.loss_weight == "uncertainty":
+        return clustered_timesteps(count, config.diffusion.num_timesteps, source)
+    relative = torch.rand(count, generator=source, dtype=torch.float64)
+    return interval.start + (relative * interval.length).long()
+
+
+def image_indices(step: int, count: int, num_images: int, seed: int) -> Tensor:
+    """(count,): the next images of an endless row of seeded shuffles of the training set."""
+    position = torch.arange(step * count, (step + 1) * count)
+    epochs = position // num_images
+    parts = [_shuffle(int(e), num_images, seed)[position[epochs == e] % num_images] for e in epochs.unique()]
+    return torch.cat(parts)
+
+
+@lru_cache(maxsize=4)
+def _shuffle(epoch: int, num_images: int, seed: int) -> Tensor:
+    return torch.randperm(num_images, generator=generator(seed, "images", epoch))

@@ -1,0 +1,256 @@
+"""How is a method trained? One set-up and one loop for all of them; which method it is, is never asked."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import checkpoint
+from bench.budget import Budget, plan
+from bench.config import RunConfig
+from bench.data import DataSource
+from bench.distributed import World
+from bench.ema import EMA
+from bench.flops import Cost
+from bench.flops import measure as measure_cost
+from bench.heldout import heldout_losses, make_heldout_set
+from bench.intervals import interval_at_step
+from bench.journal import Journal, Record
+from bench.learning_rate import lr_factor
+from bench.method import Method
+from bench.objective import make_objective
+from bench.progress import TrainingBar
+from bench.randomness import Batch, draw_batch
+
+
+class Trainer:
+    """Trains `method` in place. With a `folder`, it logs, saves, and resumes from what it finds there.
+
+    `experts`: train only the steps of these intervals, as a job of its own; by default all.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        config: RunConfig,
+        data: DataSource,
+        folder: Path | None = None,
+        world: World | None = None,
+        cost: Cost | None = None,
+        experts: frozenset[int] | None = None,
+    ) -> None:
+        self.config, self.data, self.folder, self.experts = config, data, folder, experts
+        self.world = world or World()
+        self.device = torch.device(config.system.device)
+        torch.set_num_threads(config.train.threads)
+        self.method = method.to(self.device)
+        self.objective = make_objective(config.diffusion, config.model, method)
+        self.objective.module.to(self.device)
+        image_shape = (data.channels, data.input_size, data.input_size)
+        self.cost = cost or measure_cost(method, image_shape, data.num_classes)
+        self.budget: Budget = plan(config.budget, self.cost, config.train.batch_size)
+        self.share = self.world.slice_of(config.train.batch_size)
+        if (self.share.stop - self.share.start) % config.train.micro_batches:
+            raise ValueError(
+                f"{self.share.stop - self.share.start} images per rank cannot be cut into {config.train.micro_batches} micro-batches"
+            )
+        groups = method.param_groups(config.train.lr)
+        loss_parameters = list(self.objective.module.parameters())
+        if loss_parameters:
+            groups.append({"params": loss_parameters, "lr": config.diffusion.uncertainty_lr})
+        betas = (config.train.beta1, config.train.beta2)
+        self.optimizer = torch.optim.AdamW(groups, betas=betas, weight_decay=config.train.weight_decay, fused=True)
+        self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.ema = EMA(method, config.train.ema_half_life_images, config.train.ema_warmup)
+        continuous = config.diffusion.objective == "flow"
+        self.heldout = make_heldout_set(config.heldout, data, config.diffusion.num_timesteps, continuous)
+        self.steps_done = 0
+        self.updates = [0] * len(method.intervals)  # optimiser steps of each interval
+        self.device_seconds = 0.0  # spent training, over all devices
+        self.lost = {"images": 0, "device_seconds": 0.0}  # work that a crash undid
+        self.heldout_points = 0
+        self.last_save = time.monotonic()
+        self.journal = Journal(folder if self.world.is_main else None)
+        self.bar = TrainingBar(config.label or config.method, self.world.is_main)
+
+    # One step
+
+    def step(self, batch: Batch) -> dict[str, Tensor]:
+        """One optimiser step on an already drawn batch (this rank's part of it); the loss and its terms, as tensors.
+
+        Raises Diverged if a loss term, a penalty or the gradient's norm is not finite.
+        """
+        batch = batch.to(self.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        num_parts = self.config.train.micro_batches
+        part_size = len(batch.x0) // num_parts
+        parts = [self._backward(batch.part(slice(i * part_size, (i + 1) * part_size)), num_parts) for i in range(num_parts)]
+        losses = {name: torch.stack([part[name] for part, _ in parts]).mean(dim=0) for name in parts[0][0]}
+        samples = {name: torch.cat([part[name] for _, part in parts]) for name in parts[0][1]}  # each (B,)
+        self.world.average_gradients(self.parameters)
+        losses["grad_norm"] = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        self.journal.record(Record(batch.interval, self.steps_done, losses, samples, batch.t))
+        if self.device.type == "cpu":  # elsewhere looking would wait for the device: see `flush`
+            self.journal.check_finite()
+        factor = lr_factor(self.config.train, batch.progress, self.steps_done * self.config.train.batch_size)
+        for group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = lr * factor
+        self.optimizer.step()
+        self.ema.update(self.config.train.batch_size)
+        self.updates[batch.interval.index] += 1
+        self.steps_done += 1
+        return losses
+
+    def _backward(self, part: Batch, num_parts: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Add a micro-batch's gradients; its mean losses by name, and the terms of each sample."""
+        x_t = self.objective.noised(part.x0, part.t, part.noise)
+        bf16 = self.config.train.precision == "bf16"
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
+            prediction = self.method(x_t, part.t, part.y, part.interval, part.progress)
+        terms = self.objective.terms(prediction.output, x_t, part)
+        loss = self.objective.loss(terms, part.t)
+        total = torch.stack([loss, *(penalty.float() for penalty in prediction.penalties.values())]).sum()
+        (total / num_parts).backward()
+        samples = {name: term.detach() for name, term in terms.items()}
+        means = {name: term.mean() for name, term in samples.items()}
+        penalties = {f"penalty/{name}": penalty.detach() for name, penalty in prediction.penalties.items()}
+        return {"loss": loss.detach(), **means, **penalties}, samples
+
+    # The loop
+
+    def fit(self) -> None:
+        """Train until the budget is spent, from the last checkpoint in the folder if there is one."""
+        self.resume()
+        with self.bar:
+            while not self.finished():
+                self.measure_heldout_if_due()
+                started = time.perf_counter()
+                interval = interval_at_step(self.steps_done, self.method.intervals, self.config.seed)
+                if self.experts is None or interval.index in self.experts:
+                    batch = draw_batch(self.steps_done, interval, self.config, self.data, self.spent)
+                    self.step(batch.part(self.share))
+                else:
+                    self.steps_done += 1
+                self.device_seconds += (time.perf_counter() - started) * self.world.size
+                if self.steps_done % self.config.system.log_every == 0:
+                    self.flush()
+                    self.save_if_due()
+        self.measure_heldout_if_due()
+        self.flush()
+        self.save()
+
+    @property
+    def spent(self) -> float:
+        """The part of the budget that is spent, in [0, 1]."""
+        return self.budget.progress(self.steps_done, self.device_seconds)
+
+    @property
+    def images_seen(self) -> int:
+        return sum(self.updates) * self.config.train.batch_size
+
+    @property
+    def train_flops(self) -> float:
+        return sum(self.updates) * self.cost.train_flops(self.config.train.batch_size)
+
+    def finished(self) -> bool:
+        if self.budget.num_steps is not None:
+            return self.steps_done >= self.budget.num_steps
+        return self.world.decide(self.spent >= 1, self.device)
+
+    def measure_heldout_if_due(self) -> None:
+        """The held-out loss at `points` + 1 places, evenly spaced over the budget, the first before any training."""
+        points = self.config.heldout.points
+        due = self.spent * points >= self.heldout_points
+        if self.heldout_points > points or not self.world.decide(due, self.device):
+            return
+        self.heldout_points = int(self.spent * points) + 1
+        with self.ema.applied():
+            losses = heldout_losses(self.method, self.objective, self.heldout, self.world, self.device)
+            snapshot = self.method.diagnostics() if self.folder else {}
+        per_bin = self.config.heldout.images_per_bin
+        for place, loss in zip(self.heldout.bins, losses, strict=True):
+            row = {"bin": place.index, "start": place.start, "stop": place.stop, "loss": loss, "n": per_bin}
+            self.journal.write({"kind": "heldout", **self._place(), **row})
+        self.journal.snapshot(self.images_seen, snapshot)
+
+    def flush(self) -> None:
+        """Write what was recorded since the last time, and refuse to go on with numbers that are not finite."""
+        self.journal.check_finite()
+        lr = self.optimizer.param_groups[0]["lr"]
+        loss = self.journal.flush(self._place(), lr)
+        self.journal.heartbeat(self._place())
+        images_per_second = self.images_seen / self.device_seconds if self.device_seconds else 0.0
+        self.bar.update(self.spent, images_per_second, loss)
+
+    def _place(self) -> dict[str, Any]:
+        return {
+            "step": self.steps_done,
+            "images_seen": self.images_seen,
+            "train_flops": self.train_flops,
+            "device_seconds": round(self.device_seconds, 3),
+        }
+
+    # State
+
+    def save_if_due(self) -> None:
+        every, seconds = self.config.system.checkpoint_every, self.config.system.checkpoint_every_seconds
+        by_steps = every > 0 and self.steps_done // every > (self.steps_done - self.config.system.log_every) // every
+        if self.world.decide(by_steps or time.monotonic() - self.last_save > seconds, self.device):
+            self.save()
+
+    def save(self) -> None:
+        """A checkpoint of everything that the next step depends on. (Generators need none: they are seeded by step.)"""
+        self.last_save = time.monotonic()
+        if self.folder is None or not self.world.is_main:
+            return
+        names = {parameter: name for name, parameter in self.method.named_parameters()}
+        names |= {parameter: f"loss:{name}" for name, parameter in self.objective.module.named_parameters()}
+        tensors = {f"model.{name}": tensor for name, tensor in self.method.state_dict().items()}
+        tensors |= {f"objective.{name}": tensor for name, tensor in self.objective.module.state_dict().items()}
+        tensors |= {f"ema.{name}": tensor for name, tensor in self.ema.state().items()}
+        for parameter, state in self.optimizer.state.items():
+            tensors |= {f"optimizer.{names[parameter]}.{key}": value for key, value in state.items()}
+        counters = {
+            "steps_done": self.steps_done,
+            "updates": self.updates,
+            "device_seconds": self.device_seconds,
+            "lost": self.lost,
+            "heldout_points": self.heldout_points,
+            "ema_images_seen": self.ema.images_seen,
+            "journal": self.journal.position(),
+        }
+        checkpoint.save(self.folder / "checkpoints", self.steps_done, tensors, counters)
+
+    def resume(self) -> None:
+        """Continue from the newest sound checkpoint; without one, from the start."""
+        found = checkpoint.load_latest(self.folder / "checkpoints") if self.folder else None
+        heartbeat = self.journal.last_heartbeat()
+        self.journal.rewind(found.counters["journal"] if found else None)
+        if found:
+            self._restore(found)
+        if heartbeat:
+            self.lost["images"] += max(0, heartbeat["images_seen"] - self.images_seen)
+            self.lost["device_seconds"] += max(0.0, heartbeat["device_seconds"] - self.device_seconds)
+
+    def _restore(self, found: checkpoint.Checkpoint) -> None:
+        tensors, counters = found
+        self.method.load_state_dict(_under("model.", tensors))
+        self.objective.module.load_state_dict(_under("objective.", tensors))
+        self.ema.load(_under("ema.", tensors), counters["ema_images_seen"])
+        states = _under("optimizer.", tensors)
+        named = {name: p for name, p in self.method.named_parameters()}
+        named |= {f"loss:{name}": p for name, p in self.objective.module.named_parameters()}
+        self.optimizer.state.clear()
+        for key, value in states.items():
+            name, _, entry = key.rpartition(".")
+            self.optimizer.state[named[name]][entry] = value.to(self.device)
+        self.steps_done, self.updates = counters["steps_done"], counters["updates"]
+        self.device_seconds, self.lost = counters["device_seconds"], counters["lost"]
+        self.heldout_points = counters["heldout_points"]
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
