@@ -56,7 +56,9 @@ def load(path: Path) -> Checkpoint:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         counters = json.loads(metadata["counters"])
     except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"checkpoint {path} cannot be read ({_short(error)}): delete it and resume from the one before") from None
+        raise ValueError(
+            f"checkpoint {path} cannot be read ({_short(error)}): delete it and resume from the one before"
+        ) from None
     if _digest(tensors, counters) != metadata.get("digest"):
         raise ValueError(f"checkpoint {path} is damaged (its contents do not match its checksum): delete it and resume")
     return Checkpoint(tensors, counters)

@@ -61,7 +61,9 @@ class DiffusionConfig:
         _choice("diffusion.flow_times", self.flow_times, ("logit_normal", "uniform", "stratified"))
         _at_least("diffusion.num_timesteps", self.num_timesteps, 2)
         if self.objective == "flow" and self.loss_weight != "uniform":
-            raise ValueError(f"diffusion.loss_weight is {self.loss_weight!r}, which rectified flow does not have: set it to uniform")
+            raise ValueError(
+                f"diffusion.loss_weight is {self.loss_weight!r}, which rectified flow does not have: set it to uniform"
+            )
 
 
 @dataclass(frozen=True)

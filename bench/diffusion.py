@@ -202,8 +202,8 @@ def ddim_step(schedule: Schedule, output: Tensor, x: Tensor, index: Tensor, nois
     x0 = x0_from_noise(schedule, predicted_noise, x, index)
     # sigma of eq. 16 is eta times the true posterior's standard deviation, which is known in float64
     variance = eta**2 * schedule.posterior_variance[index]
-    # 1 - abar_prev - sigma^2 is positive, but where almost no signal is left float32 may round it below 0
-    direction = (schedule.one_minus_alphas_cumprod_prev[index] - variance).clamp(min=0).sqrt()
+    # never below 0: sigma^2 <= 1 - abar_prev in float64, and rounding each to float32 keeps that order
+    direction = (schedule.one_minus_alphas_cumprod_prev[index] - variance).sqrt()
     sample = schedule.sqrt_alphas_cumprod_prev[index] * x0 + direction * predicted_noise
     if eta == 0:
         return sample

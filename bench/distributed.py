@@ -27,7 +27,9 @@ class World:
     def slice_of(self, count: int) -> slice:
         """This rank's part of `count` items; ValueError unless they can be shared equally."""
         if count % self.size:
-            raise ValueError(f"a batch of {count} cannot be shared equally by {self.size} ranks: choose a multiple of {self.size}")
+            raise ValueError(
+                f"a batch of {count} cannot be shared equally by {self.size} ranks: choose a multiple of {self.size}"
+            )
         share = count // self.size
         return slice(self.rank * share, (self.rank + 1) * share)
 

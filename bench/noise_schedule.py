@@ -25,7 +25,7 @@ class Table:
     """One number per step: `values` (S,), float64 or int64 on the CPU.
 
     `table[index]` with index (B,) int64 is float32 (B, 1, 1, 1), ready to multiply images, or int64 (B,) for a table of
-    integers; on the index's device. The cast table is kept per device, so a lookup neither copies nor waits.
+    integers; on the index's device. The cast table is kept per device: after the first lookup, none copies or waits.
     """
 
     def __init__(self, values: Tensor) -> None:

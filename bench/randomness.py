@@ -65,9 +65,9 @@ def draw_timesteps(step: int, interval: Interval, config: RunConfig) -> Tensor:
     """(B,): uniform over the interval, or as the objective asks."""
     count, source = config.train.batch_size, generator(config.seed, "timestep", step)
     if config.diffusion.objective == "flow":
-        return flow_times(config.diffusion.flow_times, count, source)
+        return _shuffled(flow_times(config.diffusion.flow_times, count, source), source)
     if config.diffusion.loss_weight == "uncertainty":
-        return clustered_timesteps(count, config.diffusion.num_timesteps, source)
+        return _shuffled(clustered_timesteps(count, config.diffusion.num_timesteps, source), source)
     relative = torch.rand(count, generator=source, dtype=torch.float64)
     return interval.start + (relative * interval.length).long()
 
@@ -78,6 +78,11 @@ def image_indices(step: int, count: int, num_images: int, seed: int) -> Tensor:
     epochs = position // num_images
     parts = [_shuffle(int(e), num_images, seed)[position[epochs == e] % num_images] for e in epochs.unique()]
     return torch.cat(parts)
+
+
+def _shuffled(t: Tensor, source: torch.Generator) -> Tensor:
+    """Stratified draws come in order; shuffled, the part that a rank takes is spread over the schedule too."""
+    return t[torch.randperm(len(t), generator=source)]
 
 
 @lru_cache(maxsize=4)

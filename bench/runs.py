@@ -1,23 +1,22 @@
 """What has been run, how far is it, and what came out?
 
-Reads run folders; everything is told from the folder alone. `tidy` gives one row per run and metric, from which tables and figures
-are made. No torch here.
+Everything is told from run folders alone, without torch. `tidy` gives one row per run and metric, of which tables are made.
 """
 
 import json
 import time
-import zipfile
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from bench.config import read_yaml
+from bench.arrays import Diagnostic
+from bench.arrays import read_diagnostics as read_diagnostics
+from bench.arrays import read_samples as read_samples
+from bench.config import NOT_SCIENTIFIC, content_hash, read_yaml
 from bench.files import read_json, read_text, write_text_atomically
 from bench.files import write_json_atomically as write_json_atomically  # offered to those who write run folders
 
@@ -25,7 +24,7 @@ STATES = ("planned", "running", "failed", "diverged", "done")
 HEARTBEAT_FRESH_SECONDS = 300.0
 FLOOR = "floor"  # stands for the run in rows that compare real data with real data
 TIDY_DTYPES = {
-    **dict.fromkeys(("run", "method", "label", "options"), "str"),
+    **dict.fromkeys(("run", "method", "label", "options", "config_hash"), "str"),
     "seed": "Int64",
     **dict.fromkeys(("state", "budget_unit"), "str"),
     "budget_amount": "float64",
@@ -39,15 +38,6 @@ TIDY_DTYPES = {
     "world_size": "Int64",
     "started": "str",
 }
-
-
-class Diagnostic(NamedTuple):
-    """What there is to see inside a trained method."""
-
-    axes: tuple[str, ...]
-    values: np.ndarray  # one dimension per axis
-    history: np.ndarray | None  # (point, *axes): the same over training
-    images_seen: np.ndarray | None  # (point,)
 
 
 @dataclass(frozen=True)
@@ -114,6 +104,11 @@ class Run:
         """The method's options as JSON."""
         return json.dumps(self.config.get("options") or {}, sort_keys=True)
 
+    @property
+    def config_hash(self) -> str:
+        """The same for runs that differ in nothing but the seed."""
+        return content_hash({key: value for key, value in self.config.items() if key not in (*NOT_SCIENTIFIC, "seed")})
+
 
 def read_run(path: Path) -> Run:
     """The run in a folder; ValueError if there is none."""
@@ -135,7 +130,7 @@ def find_runs(root: Path) -> list[Run]:
 def run_state(path: Path, now: float | None = None) -> str:
     """One of STATES, from the folder alone.
 
-    `running` means a heartbeat of the last HEARTBEAT_FRESH_SECONDS. A run that was interrupted is `planned` again, as running the same
+    `running` means a heartbeat of the last HEARTBEAT_FRESH_SECONDS. A run that was interrupted is `planned` again: the same
     command goes on from its last checkpoint.
     """
     path = Path(path)
@@ -176,34 +171,6 @@ def read_metrics(path: Path) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def read_diagnostics(path: Path) -> dict[str, Diagnostic]:
-    """Name -> diagnostic of a run's `diagnostics.npz`; empty if there is none."""
-    file = Path(path) / "diagnostics.npz"
-    if not file.exists():
-        return {}
-    arrays = _read_npz(file)
-    found = {}
-    for name in (key for key in arrays if "/" not in key):
-        axes = tuple(str(axis) for axis in arrays.get(f"{name}/axes", ()))
-        history = arrays.get(f"{name}/history")
-        images_seen = arrays.get("history/images_seen") if history is not None else None
-        if len(axes) != arrays[name].ndim or (history is not None and images_seen is None):
-            raise ValueError(f"{file} has no matching axis names or points for {name}: delete it and score the run again")
-        found[name] = Diagnostic(axes, arrays[name], history, images_seen)
-    return found
-
-
-def read_samples(path: Path) -> np.ndarray | None:
-    """The drawn images, (n, H, W, C) uint8; None if there are none."""
-    file = Path(path) / "samples.npz"
-    if not file.exists():
-        return None
-    images = _read_npz(file).get("arr_0")
-    if images is None or images.ndim != 4 or images.dtype != np.uint8:
-        raise ValueError(f"{file} holds no uint8 images arr_0 (n, H, W, C): delete it and sample the run again")
-    return images
-
-
 def read_floor(path: Path) -> dict[str, Any] | None:
     """A suite folder's `floor.json`: real data scored against real data; None if there is none."""
     floor = read_json(Path(path), dict)
@@ -233,6 +200,18 @@ def tidy(runs: Iterable[Run], floor: Mapping[str, Any] | None = None) -> pd.Data
     return frame.astype(TIDY_DTYPES)
 
 
+def distinct_labels(keys: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """(label, options as JSON) -> the label, with the options that tell apart those of the same label."""
+    keys = sorted(set(keys))
+    shown = {}
+    for label, text in keys:
+        options = json.loads(text)
+        others = [json.loads(other) for name, other in keys if name == label and other != text]
+        telling = [f"{key}={value}" for key, value in options.items() if any(other.get(key) != value for other in others)]
+        shown[label, text] = f"{label} ({', '.join(telling)})" if telling else label
+    return shown
+
+
 def write_results(frame: pd.DataFrame, path: Path) -> None:
     """The tidy frame as CSV; the same frame gives the same bytes."""
     write_text_atomically(path, frame.to_csv(index=False, lineterminator="\n"))
@@ -244,11 +223,9 @@ def read_results(path: Path) -> pd.DataFrame:
     try:
         frame = pd.read_csv(path, dtype=TIDY_DTYPES, keep_default_na=False, na_values=missing, float_precision="round_trip")
     except (OSError, ValueError, pd.errors.EmptyDataError) as error:
-        raise ValueError(
-            f"{path} cannot be read as results ({type(error).__name__}): make it again from the run folders"
-        ) from None
+        raise ValueError(f"{path} cannot be read as results ({type(error).__name__}): make it again from the runs") from None
     if list(frame.columns) != list(TIDY_DTYPES):
-        raise ValueError(f"{path} has other columns than results have: make it again from the run folders")
+        raise ValueError(f"{path} has other columns than results have: make it again from the runs")
     return frame
 
 
@@ -260,6 +237,7 @@ def _run_columns(run: Run) -> dict[str, Any]:
         "method": str(run.config["method"]),
         "label": run.label,
         "options": run.options,
+        "config_hash": run.config_hash,
         "seed": run.config["seed"],
         "state": run.state,
         "budget_unit": str(budget["unit"]),
@@ -276,7 +254,7 @@ def _run_columns(run: Run) -> dict[str, Any]:
 def _costs(run: Run) -> dict[str, float]:
     if not run.summary:
         return {"images_seen": float(read_json(run.path / "progress.json", dict).get("images_seen", 0))}
-    costs = {}
+    costs: dict[str, float] = {}
     for name, value in run.summary.items():
         if isinstance(value, list):
             numbers = [_number(item, name, run.path / "summary.json") for item in value]
@@ -302,11 +280,3 @@ def _number(value: Any, name: str, file: Path) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{file} gives {name} as {value!r}, which is no number: delete the file and run this again")
     return float(value)
-
-
-def _read_npz(file: Path) -> dict[str, np.ndarray]:
-    try:
-        with np.load(file, allow_pickle=False) as stored:
-            return {key: stored[key] for key in stored.files}
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
-        raise ValueError(f"{file} is damaged ({type(error).__name__}): delete it and score the run again") from None

@@ -224,6 +224,13 @@ class Trainer:
         }
         checkpoint.save(self.folder / "checkpoints", self.steps_done, tensors, counters)
 
+    def restore(self) -> None:
+        """Take the newest sound checkpoint's state, to evaluate it; ValueError if there is none."""
+        found = checkpoint.load_latest(self.folder / "checkpoints") if self.folder else None
+        if found is None:
+            raise ValueError(f"{self.folder} holds no checkpoint yet: train the run first")
+        self._restore(found)
+
     def resume(self) -> None:
         """Continue from the newest sound checkpoint; without one, from the start."""
         found = checkpoint.load_latest(self.folder / "checkpoints") if self.folder else None

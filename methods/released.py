@@ -116,23 +116,23 @@ def read_weights(path: str | Path) -> dict[str, Any]:
             start = file.read(9)
     except OSError as error:
         raise ValueError(f"the weights {path} cannot be read ({error.strerror}): give the path of a checkpoint file") from error
+    if start[8:] != b"{" and start[:4] != b"PK\x03\x04":
+        raise ValueError(f"the file {path} holds no weights: give one in safetensors form or one that torch.save wrote")
     try:
         if start[8:] == b"{":
             return dict(load_file(path))
-        if start[:4] != b"PK\x03\x04":
-            raise ValueError(f"the file {path} holds no weights: give one in safetensors form or one that torch.save wrote")
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(path) as archive:  # torch itself does not look at the checksums
             if damaged := archive.testzip():
                 raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
         with torch.serialization.safe_globals([argparse.Namespace]):  # training scripts store their arguments: plain data
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(f"the weights {path} are damaged: fetch or copy the file again") from error
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"the weights {path} hold objects that only running code could load, which is never done: "
             "save the state dict alone, with safetensors or torch.save"
         ) from error
+    except (SafetensorError, zipfile.BadZipFile, zlib.error, OSError, RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(f"the weights {path} are damaged: fetch or copy the file again") from error
     if not isinstance(content, dict):
         raise ValueError(f"the file {path} holds a {type(content).__name__}: give one that holds a state dict")
     return content

@@ -1,31 +1,25 @@
 """Does rectified flow agree with the released implementation, and does it lead from noise to the image?"""
 
-from pathlib import Path
-
+import helpers
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from bench.diffusion import guide
 from bench.flow import euler_step, flow_loss, flow_noise, flow_times, flow_times_to_sample, times_from_draws
 from bench.method import Denoiser
-from methods.released import load_released
 
-GOLDEN = Path(__file__).parent / "golden"
 KINDS = {"ln": "logit_normal", "uniform": "uniform", "stratified": "stratified"}
 
 
 @pytest.fixture(scope="module")
 def golden() -> dict[str, Tensor]:
-    return load_file(GOLDEN / "rectified_flow.safetensors")
+    return helpers.golden("rectified_flow")[0]
 
 
 @pytest.fixture(scope="module")
 def network() -> Denoiser:
-    tensors = load_file(GOLDEN / "dit_moe_tp1.safetensors")
-    state = {name.removeprefix("state."): tensor for name, tensor in tensors.items() if name.startswith("state.")}
-    method = load_released("dit_moe", state, num_heads=4).eval()
+    method = helpers.golden_method("dit_moe_tp1")
     return torch.no_grad()(method.specialise(method.intervals[0]))
 
 

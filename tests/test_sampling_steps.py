@@ -1,10 +1,8 @@
 """Do the sampling steps agree with the released ones, and do they take away exactly the noise that was added?"""
 
-from pathlib import Path
-
+import helpers
 import pytest
 import torch
-from safetensors.torch import load_file
 from test_diffusion import close, fake_network
 from torch import Tensor
 
@@ -21,14 +19,11 @@ from bench.diffusion import (
     predict_posterior,
     respace,
 )
-from methods.released import load_released
-
-GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture(scope="module")
 def golden() -> dict[str, Tensor]:
-    return load_file(GOLDEN / "diffusion.safetensors")
+    return helpers.golden("diffusion")[0]
 
 
 @pytest.fixture(scope="module")
@@ -195,9 +190,7 @@ def test_tables_first_used_while_sampling_can_train() -> None:
 
 
 def test_guidance_agrees_with_the_released_dit() -> None:
-    tensors = load_file(GOLDEN / "dit.safetensors")
-    state = {name.removeprefix("state."): tensor for name, tensor in tensors.items() if name.startswith("state.")}
-    method = load_released("dit", state, num_heads=4).eval()
+    tensors, method = helpers.golden("dit")[0], helpers.golden_method("dit")
     denoiser = method.specialise(method.intervals[0])
     with torch.no_grad():
         output = guide(denoiser, tensors["cfg_x"], tensors["cfg_t"], tensors["cfg_y"], scale=1.5, channels=3)

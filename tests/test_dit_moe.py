@@ -1,0 +1,224 @@
+"""Does DiT-MoE route, mix and balance as its released code does?"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import NUM_TIMESTEPS, TINY, assert_close, assert_gradients, batch, block_outputs, golden, golden_method, tiny
+
+import methods.grouped
+from bench.diffusion import guide
+from methods.dense import Dense
+from methods.dit_moe import DiTMoE, MixtureMLP, SwiGLU, balance_loss
+from methods.grouped import combine_rows, grouped_linear, sort_by_expert, take_rows
+
+NAME = "dit_moe_tp1"
+
+
+def test_outputs_and_guided_outputs_are_those_of_the_released_code():
+    tensors, _ = golden(NAME)
+    method = golden_method(NAME).requires_grad_(False)
+    denoiser = method.specialise(method.intervals[0])
+    assert_close(denoiser(tensors["x"], tensors["t"], tensors["y"]), tensors["out_eval"])
+    assert_close(guide(denoiser, tensors["cfg_x"], tensors["cfg_t"], tensors["cfg_y"], 1.5, 3), tensors["out_cfg"])
+
+
+def test_blocks_are_those_of_the_released_code():
+    tensors, _ = golden(NAME)
+    method = golden_method(NAME).requires_grad_(False)
+    outputs = block_outputs(method, lambda: method.denoise_and_route(tensors["x"], tensors["t"], tensors["y"]))
+    for index, output in enumerate(outputs):
+        assert_close(output, tensors[f"hid.block{index}"])
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_mixtures_are_those_of_the_released_code(index):
+    tensors, _ = golden(NAME)
+    mixture = golden_method(NAME).requires_grad_(False).network.blocks[index].mlp
+    tokens = tensors[f"moe_in.block{index}"]
+    output, mean_probability, share = mixture(tokens)
+    assert_close(output, tensors[f"moe_out.block{index}"])
+    _, chosen, gates = mixture.router(tokens.flatten(0, 1))
+    expected = tensors[f"gate.block{index}.topk_idx"]
+    assert torch.equal(chosen.sort(dim=1).values, expected.sort(dim=1).values)  # sets have no order
+    order, expected_order = chosen.argsort(dim=1), expected.argsort(dim=1)
+    weights = tensors[f"gate.block{index}.topk_weight"]
+    assert_close(gates.gather(1, order), weights.gather(1, expected_order))
+    assert_close(0.01 * balance_loss(mean_probability[None], share[None]), tensors[f"aux.block{index}"], 1e-6)
+
+
+def test_training_pass_is_that_of_the_released_code():
+    tensors, _ = golden(NAME)
+    method = golden_method(NAME)
+    prediction = method(tensors["x"], tensors["t"], tensors["y"], method.intervals[0])
+    assert_close(prediction.output, tensors["out_train"])
+    assert_close(prediction.penalties["balance"], tensors["aux.sum"], 1e-6)
+    loss = prediction.output.square().mean()
+    assert_close(loss, tensors["loss_total"])
+    (loss + prediction.penalties["balance"]).backward()
+    assert_gradients(method, NAME)
+
+
+def naive_mixture(mixture: MixtureMLP, tokens: torch.Tensor) -> torch.Tensor:
+    """Token by token and expert by expert, as one would write it down."""
+    rows = tokens.flatten(0, 1)
+    _, chosen, gates = mixture.router(rows)
+    output = torch.zeros_like(rows)
+    for n, row in enumerate(rows):
+        for expert, gate in zip(chosen[n], gates[n], strict=True):
+            if mixture.gated:
+                first, second = mixture.weight_in[expert].chunk(2)
+                hidden = F.silu(first @ row) * (second @ row)
+                output[n] += gate * (mixture.weight_out[expert] @ hidden)
+            else:
+                hidden = F.gelu(mixture.weight_in[expert] @ row + mixture.bias_in[expert], approximate="tanh")
+                output[n] += gate * (mixture.weight_out[expert] @ hidden + mixture.bias_out[expert])
+    if mixture.shared is not None:
+        output = output + mixture.shared(rows)
+    return output.view(tokens.shape)
+
+
+@pytest.mark.parametrize("variant", ["dit_moe", "dit_moe no shared", "dit_moe gelu"])
+def test_mixture_equals_the_naive_loop(variant):
+    mixture = tiny(variant).requires_grad_(False).network.blocks[0].mlp
+    tokens = torch.randn(3, 4, TINY.width, generator=torch.Generator().manual_seed(0))
+    assert_close(mixture(tokens)[0], naive_mixture(mixture, tokens))
+
+
+@pytest.mark.parametrize("variant", ["dit_moe", "dit_moe gelu"])
+def test_grouped_products_equal_the_loop_over_experts(variant, monkeypatch):
+    def losses_and_gradients():
+        method = tiny(variant)
+        x, t, y = batch(method.intervals[0])
+        prediction = method(x, t, y, method.intervals[0])
+        (prediction.output.square().mean() + prediction.penalties["balance"]).backward()
+        return [prediction.output.detach()] + [p.grad for p in method.parameters() if p.grad is not None]
+
+    calls = []
+    plain = methods.grouped.looped_mm
+    monkeypatch.setattr(methods.grouped, "looped_mm", lambda *args: calls.append(1) or plain(*args))
+    grouped = losses_and_gradients()
+    assert not calls
+    monkeypatch.setattr(methods.grouped, "can_group", lambda rows, weight: False)
+    looped = losses_and_gradients()
+    assert calls
+    for one, other in zip(grouped, looped, strict=True):
+        assert_close(one, other, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_experts_without_tokens_cost_and_break_nothing(dtype):
+    chosen = torch.tensor([[1, 4], [4, 1], [1, 4]])  # experts 0, 2, 3 and 5 get nothing
+    weight = torch.randn(6, 8, 4, dtype=dtype, requires_grad=True)
+    bias = torch.randn(6, 8, dtype=dtype, requires_grad=True)
+    rows = torch.randn(3, 4, dtype=dtype)
+    order, inverse, ends = sort_by_expert(chosen, 6)
+    assert ends.tolist() == [0, 3, 3, 3, 6, 6]
+    output = combine_rows(
+        grouped_linear(take_rows(rows, order, inverse, 2), weight, bias, ends), torch.ones(3, 2, dtype=dtype), order, inverse
+    )
+    expected = torch.stack([sum(weight[e] @ row + bias[e] for e in of_row) for row, of_row in zip(rows, chosen, strict=True)])
+    assert_close(output, expected)
+    output.sum().backward()
+    for gradient in (weight.grad, bias.grad):
+        assert gradient[[0, 2, 3, 5]].count_nonzero() == 0
+        assert gradient[[1, 4]].isfinite().all()
+        assert gradient[[1, 4]].count_nonzero()
+
+
+def test_taking_and_combining_rows_have_the_right_gradients():
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randint(0, 5, (7, 2), generator=generator)
+    order, inverse, _ = sort_by_expert(chosen, 5)
+    rows = torch.randn(7, 3, dtype=torch.float64, generator=generator, requires_grad=True)
+    many = torch.randn(14, 3, dtype=torch.float64, generator=generator, requires_grad=True)
+    gates = torch.rand(7, 2, dtype=torch.float64, generator=generator, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda r: take_rows(r, order, inverse, 2), (rows,))
+    assert torch.autograd.gradcheck(lambda m, g: combine_rows(m, g, order, inverse), (many, gates))
+
+
+def test_whole_mixture_has_the_right_gradients():
+    mixture = tiny("dit_moe").double().network.blocks[0].mlp
+    mixture.router.weight.requires_grad_(False)  # the router is in float32 on purpose: near-ties decide
+    tokens = torch.randn(1, 3, TINY.width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rows = tokens[0]
+    _, chosen, gates = mixture.router(rows)
+    order, inverse, ends = sort_by_expert(chosen, 4)
+
+    def run(rows, weight_in, weight_out):
+        hidden = grouped_linear(take_rows(rows, order, inverse, 2), weight_in, None, ends)
+        first, second = hidden.chunk(2, dim=-1)
+        return combine_rows(grouped_linear(F.silu(first) * second, weight_out, None, ends), gates, order, inverse)
+
+    weight_in, weight_out = mixture.weight_in.detach().requires_grad_(), mixture.weight_out.detach().requires_grad_()
+    assert torch.autograd.gradcheck(run, (rows.requires_grad_(), weight_in, weight_out), fast_mode=True)
+
+
+def test_rows_are_sorted_by_expert_and_find_their_way_back():
+    chosen = torch.tensor([[2, 0], [1, 2], [0, 1]])
+    order, inverse, ends = sort_by_expert(chosen, 3)
+    assert chosen.flatten()[order].tolist() == [0, 0, 1, 1, 2, 2]
+    assert order[inverse].tolist() == list(range(6))
+    assert ends.tolist() == [2, 4, 6]
+    assert ends.dtype == torch.int32
+
+
+def test_kept_gates_are_renormalised_only_when_asked():
+    plain, renormalised = tiny("dit_moe no shared", top_k=2), tiny("dit_moe no shared", top_k=2, renormalise=True)
+    rows = torch.randn(5, TINY.width)
+    assert (plain.network.blocks[0].mlp.router(rows)[2].sum(dim=1) < 1).all()
+    assert_close(renormalised.network.blocks[0].mlp.router(rows)[2].sum(dim=1), torch.ones(5))
+
+
+def test_identical_gated_experts_are_one_expert():
+    method = tiny("dit_moe", shared_width=0.0, renormalise=True).requires_grad_(False)
+    one = SwiGLU(TINY.width, TINY.mlp_width)
+    x, t, y = batch(method.intervals[0])
+    tokens, _, condition = method.network.embed(x, t, y)
+    for block in method.network.blocks:
+        for stacked in (block.mlp.weight_in, block.mlp.weight_out):
+            stacked.copy_(stacked[:1].expand_as(stacked))
+        one.gate_up.weight.data, one.down.weight.data = block.mlp.weight_in[0], block.mlp.weight_out[0]
+        tokens = block.apply_branches(tokens, condition, block.attn, one)  # a dense block with the expert as its MLP
+    assert_close(method(x, t, y, method.intervals[0]).output, method.network.decode(tokens, condition))
+
+
+def test_start_from_dense_is_exact_for_experts_of_the_dense_form():
+    dense = tiny("dense").requires_grad_(False)
+    torch.manual_seed(3)
+    method = DiTMoE(TINY, num_timesteps=NUM_TIMESTEPS, experts=4, expert="gelu_mlp", shared_width=0, renormalise=True)
+    method.load_dense(dense.network.state_dict())
+    x, t, y = batch(method.intervals[0])
+    assert_close(method(x, t, y, method.intervals[0]).output, dense.network(x, t, y), 1e-6)
+    routers = torch.cat([block.mlp.router.weight.flatten() for block in method.network.blocks])
+    assert 0.015 < routers.std() < 0.025
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"expert": "gelu_mlp", "shared_width": 0},
+        {"expert": "gelu_mlp", "renormalise": True},
+        {"shared_width": 0, "renormalise": True},
+    ],
+)
+def test_start_from_dense_is_refused_where_it_would_not_be_exact(options):
+    method = DiTMoE(TINY, num_timesteps=NUM_TIMESTEPS, **options)
+    with pytest.raises(ValueError, match="set expert: gelu_mlp, shared_width: 0 and renormalise: true"):
+        method.load_dense(tiny("dense").network.state_dict())
+
+
+def test_balance_loss_is_least_when_balanced():
+    even = torch.full((2, 4), 0.25)
+    assert balance_loss(even, even) == 2  # one per block
+    skewed = torch.tensor([[0.7, 0.1, 0.1, 0.1]] * 2)
+    assert balance_loss(skewed, skewed) > 2
+
+
+def test_published_sizes_have_their_parameters():
+    from methods.backbone import Shape
+
+    with torch.device("meta"):
+        method = DiTMoE(Shape.of_size("S/2"))
+    assert sum(p.numel() for p in method.parameters()) / 1e6 == pytest.approx(199, rel=0.01)
+    assert method.num_active_parameters() / 1e6 == pytest.approx(71, rel=0.01)
