@@ -8,6 +8,7 @@ import argparse
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -55,14 +56,18 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=_settings_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    train.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file, or a run folder to go on with; default: the settings alone")
+    train.add_argument(
+        "config", nargs="?", metavar="CONFIG", help="a YAML file, or a run folder to go on with; default: the settings alone"
+    )
     train.add_argument("settings", nargs="*", metavar="key=value", help="settings on top of the file")
     train.add_argument("--runs", type=Path, default=RESULTS / "runs", help="where the run's folder goes (default results/runs)")
     train.set_defaults(run=run_train)
 
     sample = commands.add_parser("sample", help="draw images from a trained run")
     sample.add_argument("folder", type=Path, metavar="RUN", help="a run folder")
-    sample.add_argument("settings", nargs="*", metavar="key=value", help="for example evaluation.num_samples=100 evaluation.guidance_scale=1.5")
+    sample.add_argument(
+        "settings", nargs="*", metavar="key=value", help="for example evaluation.num_samples=100 evaluation.guidance_scale=1.5"
+    )
     sample.add_argument("--out", type=Path, required=True, help="an .npz file (ADM's form: arr_0, uint8, NHWC) or a .png grid")
     sample.set_defaults(run=run_sample)
 
@@ -127,7 +132,56 @@ def run_demo(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def show_results(out: Path, suite: dict[str, object], console: Console) -> None:
+def write_results(folder: Path) -> Path:
+    """`results.csv` from the folder's runs."""
+    from bench import runs
+
+    path = folder / "results.csv"
+    runs.write_results(_tidy(folder), path)
+    return path
+
+
+def write_tables(folder: Path, suite: dict[str, Any], console: Console) -> None:
+    """`results.csv`, `table.md` and `table.tex` from the folder's runs; prints the table."""
+    from bench import tables
+
+    frame = _tidy(folder)
+    table = tables.comparison(frame, suite)
+    tables.write_tables(table, frame, folder)
+    console.print(tables.to_rich(table))
+
+
+def write_figures(folder: Path, suite: dict[str, Any]) -> list[Path]:
+    """Everything in `figures/`, from the folder's runs; the files written."""
+    from bench import plots, runs
+
+    found = runs.find_runs(folder)
+    real = real_images(found[0].config) if found else None
+    floor = runs.read_floor(folder / "floor.json")
+    return plots.make_figures(found, suite, folder / "figures", floor=floor, real_images=real)
+
+
+def real_images(config: dict[str, Any]) -> Any:
+    """Held-out images (n, H, W, C) uint8, image i of class i mod the number of classes; None for data that are not pixels."""
+    import torch
+
+    from bench.config import DataConfig
+    from bench.data import load_data, to_uint8
+
+    data = load_data(DataConfig(**config["data"]))
+    if not data.pixels:
+        return None
+    x, _ = data.heldout.batch(torch.arange(min(len(data.heldout), 100)))
+    return to_uint8(x).permute(0, 2, 3, 1).numpy()
+
+
+def _tidy(folder: Path) -> Any:
+    from bench import runs
+
+    return runs.tidy(runs.find_runs(folder), runs.read_floor(folder / "floor.json"))
+
+
+def show_results(out: Path, suite: dict[str, Any], console: Console) -> None:
     """Write results.csv, the tables and the figures of a folder, and print the table."""
     write_tables(out, suite, console)
     figures = write_figures(out, suite)
@@ -182,8 +236,8 @@ def run_sample(parsed: argparse.Namespace) -> int:
     if parsed.out.suffix == ".npz":
         adm.write_samples(parsed.out, samples.images)
     else:
-        from torchvision.utils import make_grid
         from torchvision.transforms.functional import to_pil_image
+        from torchvision.utils import make_grid
 
         to_pil_image(make_grid(samples.images, nrow=10)).save(parsed.out)
     print(f"{len(samples.images)} images at {samples.images_per_second:.1f} images/s: {parsed.out}")

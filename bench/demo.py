@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,7 @@ def write_floor(configs: list[RunConfig], out: Path) -> None:
     if read_json(out / "floor.json", dict).get("protocol_hash") == protocol.hash:
         return
     metrics = floor_scores(protocol, data)
-    record = {"protocol_hash": protocol.hash, "protocol": asdict(protocol), "n": protocol.num_samples, "metrics": metrics}
+    record = {"protocol_hash": protocol.hash, "protocol": protocol.content, "n": protocol.num_samples, "metrics": metrics}
     out.mkdir(parents=True, exist_ok=True)
     write_json_atomically(out / "floor.json", record)
 
@@ -58,7 +57,11 @@ class Watch:
 
     def __init__(self, configs: list[RunConfig], jobs: list[Job], console: Console) -> None:
         self.console = console
-        columns = (TextColumn("{task.description:<14}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%  {task.fields[state]:<8}"))
+        columns = (
+            TextColumn("{task.description:<14}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%  {task.fields[state]:<8}"),
+        )
         self.bars = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
         budgets = {config.run_id: config.budget.amount for config in configs}
         self.tasks: dict[str, TaskID] = {}

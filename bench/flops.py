@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.intervals import Interval
-from bench.method import Method
+from bench.method import Denoiser, Method
 
 BATCHES = (8, 24)
 MAX_INTERVALS = 16  # measured, evenly spaced; the experts of a family usually cost the same
@@ -51,7 +51,7 @@ def measure(method: Method, image_shape: tuple[int, int, int], num_classes: int)
         fixed += weight * (step[0] - slope * BATCHES[0])
         per_image += weight * slope
         denoiser = twin.specialise(interval)
-        evaluation = [count_flops(lambda d=denoiser, b=b, i=interval: d(*_inputs(i, image_shape, b))) for b in BATCHES]
+        evaluation = [_count_evaluation(denoiser, interval, image_shape, batch) for batch in BATCHES]
         forward += weight * (evaluation[1] - evaluation[0]) / (BATCHES[1] - BATCHES[0])
     return Cost(fixed, per_image, forward)
 
@@ -71,6 +71,10 @@ def _count_training(method: Method, interval: Interval, image_shape: tuple[int, 
     flops = count_flops(step)
     method.zero_grad(set_to_none=True)
     return flops
+
+
+def _count_evaluation(denoiser: Denoiser, interval: Interval, image_shape: tuple[int, int, int], batch: int) -> int:
+    return count_flops(lambda: denoiser(*_inputs(interval, image_shape, batch)))
 
 
 def _inputs(interval: Interval, image_shape: tuple[int, int, int], batch: int) -> tuple[Tensor, Tensor, Tensor]:

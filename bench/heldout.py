@@ -26,7 +26,7 @@ class HeldoutSet(NamedTuple):
     bins: tuple[Interval, ...]
     x0: Tensor  # (n, C, H, W)
     noise: Tensor  # (n, C, H, W)
-    index: Tensor  # (n,) int64: the timestep, for bins and intervals
+    timestep: Tensor  # (n,) int64, for bins and intervals
     t: Tensor  # (n,) what the network gets: the index or, for rectified flow, the middle of its cell in (0, 1)
     y: Tensor  # (n,)
 
@@ -46,10 +46,10 @@ def make_heldout_set(config: HeldoutConfig, data: DataSource, num_timesteps: int
 @torch.no_grad()
 def heldout_losses(method: Method, objective: Objective, held: HeldoutSet, world: World, device: torch.device) -> list[float]:
     """The mean squared error of each bin."""
-    losses = torch.zeros(len(held.index), dtype=torch.float64)
+    losses = torch.zeros(len(held.timestep), dtype=torch.float64)
     block_number = 0
     for interval in method.intervals:
-        rows = torch.nonzero((held.index >= interval.start) & (held.index < interval.stop)).squeeze(1)
+        rows = torch.nonzero((held.timestep >= interval.start) & (held.timestep < interval.stop)).squeeze(1)
         mine = []
         for block in rows.split(BLOCK):
             if block_number % world.size == world.rank and len(block):
@@ -64,7 +64,7 @@ def heldout_losses(method: Method, objective: Objective, held: HeldoutSet, world
             terms = objective.terms(denoiser(x_t, batch.t, batch.y), x_t, batch)
             losses[block] = next(iter(terms.values())).double().cpu()
     losses = world.sum(losses.to(device)).cpu()
-    return [float(losses[(held.index >= b.start) & (held.index < b.stop)].mean()) for b in held.bins]
+    return [float(losses[(held.timestep >= b.start) & (held.timestep < b.stop)].mean()) for b in held.bins]
 
 
 def probe_of(held: HeldoutSet, objective: Objective, device: torch.device) -> Probe:

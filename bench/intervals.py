@@ -25,7 +25,7 @@ class Interval(NamedTuple):
 
 
 def partition(count: int, num_timesteps: int = 1000) -> tuple[Interval, ...]:
-    """Split 0..T-1 into `count` intervals whose lengths differ by at most one: timestep t lies in the `t*count // T`-th.
+    """Split 0..T-1 into `count` intervals whose lengths differ by at most one: `start = i*T // count`.
 
     Raises ValueError unless 1 <= count <= num_timesteps.
     """
@@ -33,7 +33,7 @@ def partition(count: int, num_timesteps: int = 1000) -> tuple[Interval, ...]:
         raise ValueError(
             f"cannot split {num_timesteps} timesteps into {count} intervals: choose a count from 1 to {num_timesteps}"
         )
-    edges = [-(-i * num_timesteps // count) for i in range(count + 1)]  # rounded up: the first t with t*count // T = i
+    edges = [i * num_timesteps // count for i in range(count + 1)]
     return tuple(Interval(i, edges[i], edges[i + 1]) for i in range(count))
 
 

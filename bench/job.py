@@ -30,6 +30,7 @@ from bench.runs import read_diagnostics, read_run, read_samples
 from bench.sample import Sampler, Samples, make_sampler
 from bench.trainer import Trainer
 from methods import METHODS, build, option_defaults
+from methods.backbone import DiT
 from methods.released import read_weights
 
 OPTIONS = {name: option_defaults(method) for name, method in METHODS.items()}
@@ -178,9 +179,10 @@ def _initial_method(config: RunConfig, data: DataSource) -> tuple[Method, float]
         method.load_dense(read_weights(source))
         return method, float("nan")
     _, _, dense = load_trained(source)
-    if not hasattr(dense, "network"):
+    network = getattr(dense, "network", None)
+    if not isinstance(network, DiT):
         raise ValueError(f"train.init_from is {source}, which is no run of one dense network: give a dense run or a weights file")
-    method.load_dense(dense.network.state_dict())
+    method.load_dense(network.state_dict())
     return method, float(read_run(source).summary.get("train_flops", float("nan")))
 
 
@@ -245,7 +247,7 @@ def _score(
     """Score, and put the record into `eval.json` in place of one under the same protocol."""
     record = {
         "protocol_hash": protocol.hash,
-        "protocol": asdict(protocol),
+        "protocol": protocol.content,
         "n": len(samples.images),
         "metrics": score(samples.images, samples.labels, protocol, data, device),
         "sample_images_per_second": samples.images_per_second,

@@ -84,7 +84,7 @@ class Journal:
         if self.folder and diagnostics:
             (self.folder / "snapshots").mkdir(exist_ok=True)
             arrays = {name: array for name, (_, array) in diagnostics.items()}
-            np.savez_compressed(self.folder / "snapshots" / f"images-{images_seen:012d}.npz", **arrays)
+            np.savez_compressed(self.folder / "snapshots" / f"images-{images_seen:012d}.npz", **arrays)  # type: ignore[arg-type]
 
     def snapshots(self) -> dict[int, dict[str, np.ndarray]]:
         """Images seen -> arrays by name, oldest first."""

@@ -12,6 +12,7 @@ of 1 - beta. Everything is computed in float64; `table[index]` hands out float32
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -192,8 +193,10 @@ def _kept_levels(steps: str, available: int) -> list[int]:
                 f"sampling steps {steps!r} ask for {count} of the {length} timesteps in section {section + 1}: "
                 f"choose at most {length} there"
             )
-        # a section of which one level is kept keeps its first; product before quotient, so no rounding adds up
-        kept += [start + round(i * (length - 1) / max(count - 1, 1)) for i in range(count)]
+        # a section of which one level is kept keeps its first; the strides are summed one by one, as improved DDPM and all that
+        # descend from it do: for an odd count, ties (x.5) would otherwise round to another timestep than the literature's
+        stride = (length - 1) / max(count - 1, 1)
+        kept += [start + round(place) for place in accumulate([stride] * (count - 1), initial=0.0)]
         start += length
     return kept
 

@@ -220,9 +220,13 @@ def write_results(frame: pd.DataFrame, path: Path) -> None:
 def read_results(path: Path) -> pd.DataFrame:
     """The tidy frame that `write_results` wrote, to the last bit."""
     missing = {name: [""] for name, dtype in TIDY_DTYPES.items() if dtype != "str"}
+    as_text = {name: "str" if dtype == "float64" else dtype for name, dtype in TIDY_DTYPES.items()}
     try:
-        frame = pd.read_csv(path, dtype=TIDY_DTYPES, keep_default_na=False, na_values=missing, float_precision="round_trip")
-    except (OSError, ValueError, pd.errors.EmptyDataError) as error:
+        frame = pd.read_csv(path, dtype=as_text, keep_default_na=False, na_values=missing)
+        for name in TIDY_DTYPES:
+            if TIDY_DTYPES[name] == "float64" and name in frame:
+                frame[name] = [float(text) for text in frame[name]]  # Python reads back what it wrote; pandas need not
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as results ({type(error).__name__}): make it again from the runs") from None
     if list(frame.columns) != list(TIDY_DTYPES):
         raise ValueError(f"{path} has other columns than results have: make it again from the runs")
@@ -265,10 +269,11 @@ def _costs(run: Run) -> dict[str, float]:
 
 
 def _score_rows(common: dict[str, Any], record: Mapping[str, Any], file: Path) -> list[dict[str, Any]]:
+    protocol = {key: value for key, value in record["protocol"].items() if not key.endswith("_path")}  # where a file lies
     scored = {
         **common,
         "protocol_hash": str(record["protocol_hash"]),
-        "protocol": json.dumps(record["protocol"], sort_keys=True),
+        "protocol": json.dumps(protocol, sort_keys=True),
         "n": record["n"],
     }
     beside = ("sample_images_per_second", "network_evaluations_per_sample", "heldout_loss")

@@ -206,13 +206,12 @@ class Trainer:
         self.last_save = time.monotonic()
         if self.folder is None or not self.world.is_main:
             return
-        names = {parameter: name for name, parameter in self.method.named_parameters()}
-        names |= {parameter: f"loss:{name}" for name, parameter in self.objective.module.named_parameters()}
+        names = {parameter: name for name, parameter in self._named_parameters().items()}
         tensors = {f"model.{name}": tensor for name, tensor in self.method.state_dict().items()}
         tensors |= {f"objective.{name}": tensor for name, tensor in self.objective.module.state_dict().items()}
         tensors |= {f"ema.{name}": tensor for name, tensor in self.ema.state().items()}
         for parameter, state in self.optimizer.state.items():
-            tensors |= {f"optimizer.{names[parameter]}.{key}": value for key, value in state.items()}
+            tensors |= {f"optimizer.{names[parameter]}.{key}": value for key, value in state.items()}  # type: ignore[index]
         counters = {
             "steps_done": self.steps_done,
             "updates": self.updates,
@@ -242,14 +241,18 @@ class Trainer:
             self.lost["images"] += max(0, heartbeat["images_seen"] - self.images_seen)
             self.lost["device_seconds"] += max(0.0, heartbeat["device_seconds"] - self.device_seconds)
 
+    def _named_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The method's parameters, and what the loss itself learns."""
+        of_loss = {f"loss:{name}": parameter for name, parameter in self.objective.module.named_parameters()}
+        return dict(self.method.named_parameters()) | of_loss
+
     def _restore(self, found: checkpoint.Checkpoint) -> None:
         tensors, counters = found
         self.method.load_state_dict(_under("model.", tensors))
         self.objective.module.load_state_dict(_under("objective.", tensors))
         self.ema.load(_under("ema.", tensors), counters["ema_images_seen"])
         states = _under("optimizer.", tensors)
-        named = {name: p for name, p in self.method.named_parameters()}
-        named |= {f"loss:{name}": p for name, p in self.objective.module.named_parameters()}
+        named = self._named_parameters()
         self.optimizer.state.clear()
         for key, value in states.items():
             name, _, entry = key.rpartition(".")

@@ -32,7 +32,7 @@ def option_defaults(method: type[Method]) -> dict[str, Any]:
 
 
 def build(
-    method: str, model: Mapping[str, Any], options: Mapping[str, Any], *, seed: int, num_timesteps: int, **dimensions: int
+    method: str, model: Mapping[str, Any], options: Mapping[str, Any], *, seed: int, num_timesteps: int, **dimensions: Any
 ) -> Method:
     """A method with initial weights drawn from `seed` alone.
 

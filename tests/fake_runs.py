@@ -24,8 +24,9 @@ PROTOCOL = {
     "steps": "50",
     "guidance_scale": 1.0,
     "reference": {"train": "aa", "heldout": "bb"},
+    "reference_path": "/somewhere/else",
 }
-FLOOR = {
+FLOOR_RECORD = {
     "protocol_hash": "0123456789",
     "protocol": PROTOCOL,
     "n": 500,
@@ -45,7 +46,7 @@ FLOOR = {
 def write_fake_runs(root: Path, methods: Sequence[dict[str, Any]] = SUITE["methods"], seeds: Sequence[int] = (0,)) -> list[Run]:
     """Runs under `root/runs` and `root/floor.json`; the same arguments give the same folders."""
     root.mkdir(parents=True, exist_ok=True)
-    (root / "floor.json").write_text(json.dumps(FLOOR))
+    (root / "floor.json").write_text(json.dumps(FLOOR_RECORD))
     return [write_fake_run(root, method, seed) for method in methods for seed in seeds]
 
 

@@ -113,7 +113,8 @@ def test_positions_hold_the_column_first_and_sines_before_cosines():
 def test_timestep_embedding_takes_cosines_first():
     embedding = TimestepEmbedding(8)
     with torch.no_grad():
-        embedding.fc1.weight.zero_()
+        for parameter in embedding.parameters():
+            parameter.zero_()
         embedding.fc1.weight[0, 1] = 1  # the second frequency's cosine
         embedding.fc1.weight[1, 129] = 1  # and its sine
         embedding.fc2.weight.copy_(torch.eye(8))

@@ -7,7 +7,7 @@ from helpers import NUM_TIMESTEPS, TINY, assert_close, assert_gradients, batch, 
 
 import methods.grouped
 from bench.diffusion import guide
-from methods.dense import Dense
+from methods.backbone import Shape
 from methods.dit_moe import DiTMoE, MixtureMLP, SwiGLU, balance_loss
 from methods.grouped import combine_rows, grouped_linear, sort_by_expert, take_rows
 
@@ -215,10 +215,24 @@ def test_balance_loss_is_least_when_balanced():
     assert balance_loss(skewed, skewed) > 2
 
 
-def test_published_sizes_have_their_parameters():
-    from methods.backbone import Shape
-
+@pytest.mark.parametrize(
+    ("size", "experts", "stored", "active"), [("S/2", 8, 199, 71), ("XL/2", 8, 4100, 1500), ("G/2", 16, 16500, 3100)]
+)
+def test_published_sizes_have_their_parameters(size, experts, stored, active):
+    """Table 2 of arXiv 2407.11633, in millions, which it rounds in both directions."""
     with torch.device("meta"):
-        method = DiTMoE(Shape.of_size("S/2"))
-    assert sum(p.numel() for p in method.parameters()) / 1e6 == pytest.approx(199, rel=0.01)
-    assert method.num_active_parameters() / 1e6 == pytest.approx(71, rel=0.01)
+        method = DiTMoE(Shape.of_size(size), experts=experts)
+    assert sum(p.numel() for p in method.parameters()) / 1e6 == pytest.approx(stored, rel=0.03)
+    assert method.num_active_parameters() / 1e6 == pytest.approx(active, rel=0.03)
+
+
+def test_initial_router_is_kaiming_and_every_expert_is_drawn_as_a_linear_of_its_own():
+    torch.manual_seed(0)
+    shape = Shape(depth=1, width=64, num_heads=4)
+    mixture = DiTMoE(shape, experts=16).network.blocks[0].mlp
+    bound = 64**-0.5  # Kaiming-uniform with a = sqrt(5)
+    assert 0.95 * bound < mixture.router.weight.abs().max() <= bound
+    bound = (6 / (64 + shape.mlp_width)) ** 0.5  # Xavier-uniform of one gate, up or down matrix
+    for matrix in [*mixture.weight_in.unflatten(1, (2, -1)).flatten(0, 1), *mixture.weight_out]:
+        assert 0.95 * bound < matrix.abs().max() <= bound
+    assert not torch.equal(mixture.weight_out[0], mixture.weight_out[1])

@@ -1,22 +1,28 @@
 """Do the intervals cover every timestep once, and are they drawn in proportion?"""
 
+import itertools
+
 import pytest
 
 from bench.intervals import Interval, interval_at_step, interval_of, partition, steps_per_interval
 
 
-@pytest.mark.parametrize(("count", "num_timesteps"), [(1, 1), (1, 1000), (3, 1000), (7, 1000), (8, 1000), (999, 1000), (1000, 1000)])
+@pytest.mark.parametrize(
+    ("count", "num_timesteps"), [(1, 1), (1, 1000), (3, 1000), (7, 1000), (8, 1000), (999, 1000), (1000, 1000)]
+)
 def test_partition_covers_every_timestep_once(count, num_timesteps):
     intervals = partition(count, num_timesteps)
     assert [i.index for i in intervals] == list(range(count))
     assert intervals[0].start == 0
     assert intervals[-1].stop == num_timesteps
-    assert all(a.stop == b.start for a, b in zip(intervals, intervals[1:], strict=False))
+    assert all(a.stop == b.start for a, b in itertools.pairwise(intervals))
     lengths = {i.length for i in intervals}
     assert min(lengths) >= 1
     assert max(lengths) - min(lengths) <= 1
+    assert [i.start for i in intervals] == [i * num_timesteps // count for i in range(count)]
     for t in range(num_timesteps):
-        assert interval_of(t, intervals).index == t * count // num_timesteps
+        interval = interval_of(t, intervals)
+        assert interval.start <= t < interval.stop
 
 
 def test_every_count_up_to_the_number_of_timesteps_works():

@@ -6,6 +6,7 @@ from helpers import NUM_TIMESTEPS, TINY, assert_close, assert_gradients, batch, 
 from scipy.optimize import linear_sum_assignment
 
 from bench.diffusion import guide
+from methods.backbone import Shape
 from methods.dense import Dense
 from methods.switch_dit import SwitchDiT, jensen_shannon, match_columns, match_cost, target_slots
 
@@ -160,3 +161,11 @@ def test_active_parameters_leave_out_the_idle_experts():
 def test_impossible_top_k_is_refused():
     with pytest.raises(ValueError, match="top_k is 4"):
         SwitchDiT(TINY, experts=3, top_k=4)
+
+
+@pytest.mark.parametrize(("size", "millions"), [("S/2", 36), ("B/2", 144), ("XL/2", 749)])
+def test_published_sizes_count_the_active_experts(size, millions):
+    with torch.device("meta"):
+        method = SwitchDiT(Shape.of_size(size))
+    assert method.num_active_parameters() / 1e6 == pytest.approx(millions, rel=0.015)
+    assert sum(p.numel() for p in method.parameters()) > 1.02 * method.num_active_parameters()

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from typing import Any
 
 import pandas as pd
@@ -30,9 +31,7 @@ def describe(frame: pd.DataFrame, suite: Mapping[str, Any], missing: Sequence[st
     if (runs["metric"] == "kid").any():
         notes.append("KID is given in units of 10⁻³.")
     if (runs["metric"] == "nearest_neighbour").any():
-        notes.append(
-            "Nearest neighbour: mean distance to the nearest training image; below that of real data hints at copying. Not ranked."
-        )
+        notes.append("Nearest neighbour: mean distance to the nearest training image; less than for real data hints at copying.")
     notes += [_devices(runs), _code(one_row_each)]
     if missing:
         notes.append(f"Missing (–): {'; '.join(missing)}.")
@@ -57,9 +56,7 @@ def _protocol(frame: pd.DataFrame) -> str:
         low, high = int(evaluations.min()), int(evaluations.max())
         parts.append(f"{low if low == high else f'{low}–{high}'} network evaluations per sample")
     parts.append(f"n = {', '.join(str(n) for n in sorted(set(scored['n'].dropna())))}")
-    return (
-        f"Protocol {scored['protocol_hash'].iloc[0]}: {', '.join(parts)}. A FID depends on n and is comparable at equal n only."
-    )
+    return f"Protocol {scored['protocol_hash'].iloc[0]}: {', '.join(parts)}. FID depends on n: compare it at equal n only."
 
 
 def _marks(runs: pd.DataFrame) -> str:
@@ -75,37 +72,38 @@ def _marks(runs: pd.DataFrame) -> str:
 
 
 def _devices(runs: pd.DataFrame) -> str:
-    one_row_each = runs.drop_duplicates("run")
-    devices = {(row.device or "unknown device", row.world_size, row.threads) for row in one_row_each.itertuples()}
-    parts = []
-    for device, world_size, threads in sorted(devices, key=str):
-        text = f"{world_size} × {device}" if pd.notna(world_size) and world_size > 1 else str(device)
-        parts.append(f"{text} ({threads} thread{'s' * (threads != 1)})" if pd.notna(threads) else text)
+    texts = set()
+    for device, world_size, threads in _records(runs, "device", "world_size", "threads"):
+        name = device or "unknown device"
+        text = f"{world_size} × {name}" if world_size and world_size > 1 else name
+        texts.add(f"{text} ({threads} thread{'' if threads == 1 else 's'})" if threads else text)
     beside = {True: "some runs ran side by side", False: "no two runs at the same time", None: "unknown whether side by side"}
-    return f"† Measured on {', '.join(parts)}, {beside[side_by_side(runs)]}; throughput varies from run to run."
+    return f"† Measured on {', '.join(sorted(texts))}, {beside[side_by_side(runs)]}; throughput varies from run to run."
 
 
 def side_by_side(runs: pd.DataFrame) -> bool | None:
     """Whether any run started while another was training; None if that is not known."""
-    seconds = runs[runs["metric"] == "device_seconds"].set_index("run")["value"]
+    device_seconds = dict(_records(runs[runs["metric"] == "device_seconds"], "run", "value"))
     times = []
-    for row in runs.drop_duplicates("run").itertuples():
-        if not row.started or row.run not in seconds.index:
+    for run, start, world_size in _records(runs, "run", "started", "world_size"):
+        if not start or run not in device_seconds:
             return None
-        started = datetime.fromisoformat(str(row.started))
+        started = datetime.fromisoformat(start)
         started = started if started.tzinfo else started.replace(tzinfo=UTC)
-        num_devices = 1 if pd.isna(row.world_size) else int(row.world_size)
-        times.append((started, started + timedelta(seconds=float(seconds[row.run]) / num_devices)))
-    times.sort()
-    return any(later[0] < earlier[1] for earlier, later in zip(times, times[1:], strict=False))
+        times.append((started, started + timedelta(seconds=device_seconds[run] / (world_size or 1))))
+    return any(later[0] < earlier[1] for earlier, later in pairwise(sorted(times)))
 
 
 def _code(runs: pd.DataFrame) -> str:
     versions = []
-    for row in runs[["code_hash", "commit", "dirty"]].drop_duplicates().sort_values(["code_hash", "commit"]).itertuples():
-        state = "unknown whether clean" if pd.isna(row.dirty) else "with uncommitted changes" if row.dirty else "clean"
-        versions.append(
-            f"{row.code_hash or 'unknown'} (commit {row.commit[:10]}, {state})" if row.commit else f"{row.code_hash} (no commit)"
-        )
+    for code_hash, commit, dirty in sorted(_records(runs, "code_hash", "commit", "dirty"), key=str):
+        state = {True: "with uncommitted changes", False: "clean", None: "unknown whether clean"}[dirty]
+        versions.append(f"{code_hash or 'unknown'} ({f'commit {commit[:10]}, {state}' if commit else 'no commit'})")
     mixed = " The runs were made by different code." if runs["code_hash"].nunique() > 1 else ""
     return f"Code: {'; '.join(versions)}.{mixed}"
+
+
+def _records(frame: pd.DataFrame, *columns: str) -> list[tuple[Any, ...]]:
+    """The different rows of some columns as plain Python values, None where there is none."""
+    rows = frame[list(columns)].drop_duplicates().astype(object)
+    return [tuple(rows.where(rows.notna(), None).iloc[i]) for i in range(len(rows))]

@@ -1,6 +1,7 @@
 """How is a finished table written: as Markdown, LaTeX, or for a terminal? The same table gives the same bytes."""
 
 import io
+import re
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.text import Text
 
 from bench.files import write_text_atomically
 from bench.runs import write_results
-from bench.tables import Cell, Row, Table
+from bench.tables.comparison import Cell, Row, Table
 
 BLOCKS = ("cost", "quality")
 LATEX_CHARACTERS = {
@@ -28,11 +29,13 @@ LATEX_CHARACTERS = {
     "↑": r"$\uparrow$",
     "±": r"$\pm$",
     "×": r"$\times$",
-    "⁻": r"$^{-}$",
-    "³": r"$^{3}$",
+    "\N{NO-BREAK SPACE}": "~",
     "–": "--",
     "†": r"\dag{}",
 }
+
+SUPERSCRIPTS = "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"
+PLAIN = str.maketrans(SUPERSCRIPTS, "-0123456789")
 
 
 def write_tables(table: Table, frame: pd.DataFrame, folder: Path) -> list[Path]:
@@ -108,17 +111,18 @@ def to_text(table: Table, width: int = 100) -> str:
 
 
 def escape_latex(text: str) -> str:
-    return "".join(LATEX_CHARACTERS.get(character, character) for character in text)
+    escaped = "".join(LATEX_CHARACTERS.get(character, character) for character in text)
+    return re.sub(f"[{SUPERSCRIPTS}]+", lambda run: f"$^{{{run.group().translate(PLAIN)}}}$", escaped)
 
 
 def _terminal(table: Table, write: Callable[[Cell], Text], marks: str = "") -> Group:
     parts: list[Text | RichTable] = [Text(table.title, style="bold")]
     for name in BLOCKS:
         block = table.block(name)
-        grid = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        grid = RichTable(box=box.SIMPLE_HEAD, padding=(0, 0), pad_edge=False)
         grid.add_column("Method", vertical="bottom", no_wrap=True)
-        for heading in block.headings:
-            grid.add_column(_narrow(heading), justify="right", vertical="bottom")
+        for heading in block.short_headings:
+            grid.add_column(_narrow(heading, 8), justify="right", vertical="bottom")
         for row in _all_rows(block):
             if row is block.floor:
                 grid.add_section()
@@ -137,7 +141,7 @@ def _all_rows(block: Table) -> list[Row]:
     )
 
 
-def _narrow(heading: str, width: int = 10) -> str:
+def _narrow(heading: str, width: int) -> str:
     return "\n".join(textwrap.wrap(heading, width, break_long_words=False, break_on_hyphens=False))
 
 
@@ -146,6 +150,7 @@ def _stack_latex(heading: str) -> str:
 
 
 def _escape_markdown(text: str) -> str:
+    text = text.replace("\N{NO-BREAK SPACE}", " ")
     for character in "\\|*_<>`":
         text = text.replace(character, f"\\{character}")
     return text

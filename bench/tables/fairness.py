@@ -53,7 +53,7 @@ def shared_protocol(frame: pd.DataFrame) -> str:
     protocols = dict(zip(scored["protocol_hash"], scored["protocol"], strict=True))
     fields = differing_fields(json.loads(protocols[min(by_run[first])]), json.loads(protocols[min(by_run[other])]))
     raise TableRefusal(
-        f"runs {first} and {other} were scored by different protocols, which differ in {'; '.join(fields) or 'their hash alone'}: "
+        f"runs {first} and {other} were scored by protocols that differ in {'; '.join(fields) or 'their hash alone'}: "
         "score all with one protocol"
     )
 
@@ -72,7 +72,7 @@ def differing_fields(one: Mapping[str, Any], other: Mapping[str, Any], prefix: s
 
 def _check_counts(frame: pd.DataFrame) -> None:
     counts = frame[frame["metric"].str.startswith("fid") & frame["n"].notna()].drop_duplicates("run")
-    by_count = {int(n): list(rows["run"]) for n, rows in counts.groupby("n")}
+    by_count = {int(str(n)): list(rows["run"]) for n, rows in counts.groupby("n")}
     if len(by_count) > 1:
         parts = [f"{_listed(runs)} ({n} samples)" for n, runs in sorted(by_count.items())]
         raise TableRefusal(

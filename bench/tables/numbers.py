@@ -25,8 +25,8 @@ def si_style(values: Sequence[float], unit: str = "") -> Style:
     return Style(divisor, _decimals(values, divisor), prefix + unit)
 
 
-def significant_style(values: Sequence[float]) -> Style:
-    return Style(1.0, _decimals(values, 1.0))
+def significant_style(values: Sequence[float], digits: int) -> Style:
+    return Style(1.0, _decimals(values, 1.0, digits))
 
 
 def write_number(value: float, style: Style) -> str:
@@ -51,7 +51,7 @@ def half_width(values: Sequence[float]) -> float:
 
 
 def rank(means: Sequence[float], widths: Sequence[float], texts: Sequence[str], lower_is_better: bool) -> list[str]:
-    """ "best", "second" or "" for each. What is written alike, or lies within the interval of a place's holder, shares its mark."""
+    """A mark for each: best, second or none. Those written alike, or within the interval of a place's holder, share its mark."""
     marks = [""] * len(means)
     for mark in ("best", "second"):
         left = [i for i in range(len(means)) if not marks[i]]
@@ -64,9 +64,9 @@ def rank(means: Sequence[float], widths: Sequence[float], texts: Sequence[str], 
     return marks
 
 
-def _decimals(values: Sequence[float], divisor: float) -> int:
+def _decimals(values: Sequence[float], divisor: float, digits: int = 3) -> int:
     sizes = sorted(abs(value) / divisor for value in values if value)
     if not sizes:
         return 0
     typical = sizes[len(sizes) // 2]
-    return max(0, min(4, 2 - math.floor(math.log10(typical))))
+    return max(0, min(4, digits - 1 - math.floor(math.log10(typical))))

@@ -1,0 +1,109 @@
+"""How are cached latents read?
+
+Below `data.path`: train_latents.npy (n, C, H, H), train_labels.npy (n,), heldout_latents.npy, heldout_labels.npy, and
+optionally meta.json with `scaling` (latents are multiplied by it, 1 if absent; 0.18215 for Stable Diffusion's
+autoencoder) and `source` (words on where they come from).
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.config import DataConfig
+from bench.data.source import DataSource, balanced_order, check_image_size, hash_arrays
+
+LAYOUT = "data.path must hold train_latents.npy, train_labels.npy, heldout_latents.npy and heldout_labels.npy"
+META_KEYS = ("scaling", "source")
+
+
+@dataclass(frozen=True, eq=False)
+class LatentImages:
+    """Latents in a memory-mapped file; image i is row `rows[i]`."""
+
+    latents: np.ndarray  # (n, C, H, W), any float type
+    rows: np.ndarray  # (n,) int64
+    labels: Tensor
+    scaling: float
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        x = np.asarray(self.latents[self.rows[indices.numpy()]], dtype=np.float32)
+        return torch.from_numpy(x) * self.scaling, self.labels[indices]
+
+
+def load_latents(config: DataConfig) -> DataSource:
+    """Latents as written; labels are 0..K-1, where K follows from the training labels."""
+    if not config.path:
+        raise ValueError(f"data.path is empty: {LAYOUT}")
+    root = Path(config.path)
+    arrays = {f"{part}_{kind}": _open(root, f"{part}_{kind}") for part in ("train", "heldout") for kind in ("latents", "labels")}
+    shape = _check(root, arrays)
+    check_image_size(config.image_size, shape[-1], "these latent")
+    scaling = _scaling(root / "meta.json")
+    num_classes = int(arrays["train_labels"].max()) + 1
+    labels = {part: torch.from_numpy(np.array(arrays[f"{part}_labels"], dtype=np.int64)) for part in ("train", "heldout")}
+    if int(labels["train"].min()) < 0 or int(labels["heldout"].min()) < 0 or int(labels["heldout"].max()) >= num_classes:
+        raise ValueError(
+            f"the labels in {root} leave 0..{num_classes - 1}, the range of the training labels: write the files again"
+        )
+    order = balanced_order(labels["heldout"])
+    train = LatentImages(arrays["train_latents"], np.arange(len(labels["train"])), labels["train"], scaling)
+    heldout = LatentImages(arrays["heldout_latents"], order.numpy(), labels["heldout"][order], scaling)
+
+    def fingerprint() -> str:
+        return hash_arrays([*arrays.items(), ("scaling", np.array([scaling]))])
+
+    return DataSource("latents", num_classes, shape[0], shape[-1], train, heldout, fingerprint, pixels=False)
+
+
+def _open(root: Path, name: str) -> np.ndarray:
+    path = root / f"{name}.npy"
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}: {LAYOUT}")
+    try:
+        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read as a NumPy array ({error}): write it again with numpy.save") from None
+    return array
+
+
+def _check(root: Path, arrays: dict[str, np.ndarray]) -> tuple[int, ...]:
+    """The shape of one image (C, H, H); ValueError if types, ranks or lengths disagree."""
+    for part in ("train", "heldout"):
+        latents, labels = arrays[f"{part}_latents"], arrays[f"{part}_labels"]
+        if latents.dtype.kind != "f" or latents.ndim != 4 or latents.shape[2] != latents.shape[3]:
+            raise ValueError(
+                f"{part}_latents.npy in {root} is {latents.dtype} {latents.shape}: it must be of a float type, (n, C, H, H)"
+            )
+        if labels.dtype.kind not in "iu" or labels.shape != latents.shape[:1] or not len(labels):
+            raise ValueError(
+                f"{part}_labels.npy in {root} is {labels.dtype} {labels.shape}, but {part}_latents.npy has {len(latents)} "
+                "images: it must hold one integer for each of them, and at least one"
+            )
+    shape = arrays["train_latents"].shape[1:]
+    if arrays["heldout_latents"].shape[1:] != shape:
+        other = arrays["heldout_latents"].shape[1:]
+        raise ValueError(f"latents in {root} are {shape} to train and {other} held out: encode both in the same way")
+    return tuple(int(n) for n in shape)
+
+
+def _scaling(path: Path) -> float:
+    if not path.is_file():
+        return 1.0
+    try:
+        meta: Any = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error}): mend or remove it") from None
+    if not isinstance(meta, dict) or not set(meta) <= set(META_KEYS):
+        raise ValueError(f"{path} must be a mapping with no other keys than {' and '.join(META_KEYS)}: mend or remove it")
+    scaling = meta.get("scaling", 1.0)
+    if isinstance(scaling, bool) or not isinstance(scaling, int | float) or not 0 < scaling < float("inf"):
+        raise ValueError(f"scaling in {path} is {scaling!r}: give a number above 0")
+    return float(scaling)

@@ -1,0 +1,56 @@
+"""How far apart are two sets of images?
+
+Frechet distance (arXiv 1706.08500) between features, and the pixel distance that shows copies of training images.
+"""
+
+import torch
+from torch import Tensor
+
+from bench.data import ImageSet, to_uint8
+
+NEIGHBOUR_CHUNK = 500  # images on either side of a block of the distance matrix
+
+
+def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
+    """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)), for means (D,) and covariances A and B (D, D), in float64.
+
+    With symmetric roots, tr (A B)^(1/2) = tr (A^(1/2) B A^(1/2))^(1/2), the sum of the singular values of A^(1/2) B^(1/2).
+    Singular values rather than roots of eigenvalues: where covariances are rank-deficient, rounding errors of 1e-16 would
+    become 1e-8 each under the root.
+    """
+    mean_a, cov_a, mean_b, cov_b = (tensor.double() for tensor in (mean_a, cov_a, mean_b, cov_b))
+    cross = torch.linalg.svdvals(_root(cov_a).T @ _root(cov_b)).sum()
+    distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
+    return max(distance.item(), 0.0)  # it is a squared distance: below 0 by rounding alone
+
+
+def mean_and_covariance(features: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, D) -> mean (D,) and covariance (D, D) with n - 1 degrees of freedom, in float64."""
+    return features.double().mean(0), torch.cov(features.double().T)
+
+
+def nearest_neighbour(samples: Tensor, train: ImageSet, device: str = "cpu") -> float:
+    """Mean over samples (uint8 (n, C, H, W)) of the RMS pixel distance, pixels in 0..1, to the nearest training image.
+
+    Exact: squares of integers are summed in float64, so that a copy has distance 0.
+    """
+    nearest = torch.full((len(samples),), float("inf"), dtype=torch.float64)
+    for indices in torch.arange(len(train)).split(NEIGHBOUR_CHUNK):
+        real = to_uint8(train.batch(indices)[0]).flatten(1).to(device).double()
+        for start in range(0, len(samples), NEIGHBOUR_CHUNK):
+            part = samples[start : start + NEIGHBOUR_CHUNK].flatten(1).to(device).double()
+            squared = part.square().sum(1, keepdim=True) + real.square().sum(1) - 2 * part @ real.T  # (n, m)
+            nearest[start : start + len(part)] = torch.minimum(nearest[start : start + len(part)], squared.amin(1).cpu())
+    return (nearest / samples[0].numel()).sqrt().mean().item() / 255.0
+
+
+def _root(covariance: Tensor) -> Tensor:
+    """R (D, rank) with R R^T = covariance, by symmetric eigendecomposition; eigenvalues that are rounding errors are left out."""
+    values, vectors = torch.linalg.eigh(covariance)
+    largest = values[-1].clamp(min=0.0)
+    if values[0] < -1e-6 * largest:
+        raise ValueError(
+            f"a covariance has the eigenvalue {values[0].item():.3g} (largest {largest.item():.3g}): give a true one"
+        )
+    kept = values > largest * len(values) * torch.finfo(torch.float64).eps
+    return vectors[:, kept] * values[kept].sqrt()

@@ -1,0 +1,208 @@
+"""What does torch-fidelity compute for us, and how is it kept from surprising us?
+
+Features go through its extractor machinery; Inception Score, Kernel distance, precision and recall through its
+functions of features, so that each image is looked at once. Its cache is never used: it is keyed by names alone, lies
+outside the project and is read by executing pickles. Nothing is fetched.
+
+    Inception Score, arXiv 1606.03498    Kernel distance, arXiv 1801.01401    precision and recall, arXiv 1904.06991
+"""
+
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
+from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
+from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
+from torch_fidelity.utils import create_feature_extractor
+
+from bench.data import digits_classifier
+from bench.data.source import ImageSet, hash_file, to_uint8
+
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # of torch-fidelity's release v0.2.0
+INCEPTION_HINT = (
+    f"fetch {INCEPTION_FILE} from torch-fidelity's release v0.2.0 on a machine with a network and give its path "
+    "in evaluation.extractor_weights"
+)
+FEATURE_WIDTHS = {"digits": digits_classifier.FEATURE_WIDTH, "inception": 2048}
+PRECISION_RECALL_BATCH = 2000  # rows of the distance matrix held at a time
+SUBSET_SEED = 2020  # torch-fidelity's default: which subsets the Kernel distance takes, how the Inception Score shuffles
+
+
+class DigitsExtractor(FeatureExtractorBase):  # type: ignore[misc]
+    """The digits classifier, as torch-fidelity wants it: uint8 (n, 1, 8, 8) -> the features of `features_list`, in its order."""
+
+    def __init__(self, name: str, features_list: list[str], **_: Any) -> None:
+        super().__init__(name, features_list)
+        self.network = digits_classifier.load_classifier()
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        features, logits = self.network(images)
+        by_name = {"features": features, "logits": logits}
+        return tuple(by_name[name] for name in self.features_list)
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        return "features", "logits"
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        return "logits" if metric == "isc" else "features"
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        return False
+
+
+EXTRACTORS: dict[str, type[Any]] = {"digits": DigitsExtractor, "inception": FeatureExtractorInceptionV3}
+
+
+def layer(extractor: str, metric: str) -> str:
+    """The name of the features that `metric` (isc, fid, kid, prc) looks at."""
+    return str(EXTRACTORS[extractor].get_default_feature_layer_for_metric(metric))
+
+
+def weights_hash(extractor: str, weights: str) -> str:
+    """SHA-256 of an extractor's weights; ValueError if `weights` names no file, or names one where it is not needed."""
+    if extractor == "digits":
+        if weights:
+            raise ValueError(
+                f"evaluation.extractor_weights is {weights!r}, but the digits extractor brings its own weights: leave it empty"
+            )
+        return digits_classifier.WEIGHTS_SHA256
+    if not weights:
+        raise ValueError(f"evaluation.extractor_weights is empty, and Inception's weights are not shipped: {INCEPTION_HINT}")
+    if not Path(weights).is_file():
+        raise ValueError(f"evaluation.extractor_weights is {weights}, where there is no file: {INCEPTION_HINT}")
+    return hash_file(Path(weights))
+
+
+def build_extractor(
+    extractor: str, sha256: str, weights: str = "", layers: list[str] | None = None, device: str = "cpu"
+) -> FeatureExtractorBase:
+    """A feature extractor of torch-fidelity's, registered once under a name that carries its weights' hash.
+
+    `layers`: the features wanted, in any order; all that the metrics need by default. Raises ValueError if the weights
+    do not have the hash `sha256` or are not weights of this extractor.
+    """
+    if (found := weights_hash(extractor, weights)) != sha256:
+        raise ValueError(f"the weights of {extractor} have SHA-256 {found}, but the protocol names {sha256}: give the same file")
+    name = f"{extractor}-{sha256}"
+    if name not in FEATURE_EXTRACTORS_REGISTRY:
+        register_feature_extractor(name, EXTRACTORS[extractor])
+    if layers is None:
+        layers = sorted({layer(extractor, metric) for metric in ("isc", "fid", "kid", "prc")})
+    if extractor == "inception":
+        _check_loads_without_executing(weights)
+    try:
+        with torch.random.fork_rng(devices=[]):  # layers draw weights, to be replaced, from the global generator
+            built = create_feature_extractor(
+                name, layers, cuda=False, feature_extractor_weights_path=weights or None, verbose=False
+            )
+    except RuntimeError as error:  # from load_state_dict: names or shapes differ
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{weights} does not hold weights of torch-fidelity's Inception ({reason}): {INCEPTION_HINT}") from None
+    return built.to(device)
+
+
+def extract_features(images: Tensor, extractor: FeatureExtractorBase, batch_size: int) -> dict[str, Tensor]:
+    """uint8 (n, C, H, W) -> name -> (n, width) float32 on the CPU, `batch_size` images at a time.
+
+    Images are independent of each other, so ranks can each take a part (whole batches) and gather. Raises ValueError if
+    the images are not uint8 or if a feature is not finite, which torch-fidelity would let pass.
+    """
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images to score are {images.dtype}: convert them with bench.data.to_uint8")
+    device = next(extractor.parameters()).device
+    parts: dict[str, list[Tensor]] = {name: [] for name in extractor.get_requested_features_list()}
+    with torch.no_grad(), _full_precision():
+        for batch in images.split(batch_size):
+            for name, features in extractor.convert_features_tuple_to_dict(extractor(batch.to(device))).items():
+                parts[name].append(features.cpu())
+    whole = {name: torch.cat(part) for name, part in parts.items()}
+    for name, features in whole.items():
+        num_bad = int((~torch.isfinite(features)).any(dim=1).sum())
+        if num_bad:
+            raise ValueError(
+                f"features {name!r} of {num_bad} of {len(images)} images are not finite: check the extractor's weights"
+            )
+    return whole
+
+
+def features_of_set(images: ImageSet, extractor: FeatureExtractorBase, batch_size: int) -> dict[str, Tensor]:
+    """As `extract_features`, for all images of a set, which need not fit into memory."""
+    blocks = [
+        extract_features(to_uint8(images.batch(indices)[0]), extractor, batch_size)
+        for indices in torch.arange(len(images)).split(batch_size)
+    ]
+    return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
+
+
+def inception_score(logits: Tensor, splits: int) -> float:
+    """Mean over `splits` parts of shuffled (n, num_classes) logits; at least one image a part."""
+    return float(isc_features_to_metric(logits, splits, True, SUBSET_SEED)[KEY_METRIC_ISC_MEAN])
+
+
+def kernel_distance(samples: Tensor, reference: Tensor, subsets: int, subset_size: int, unit_norm: bool) -> float:
+    """Squared maximum mean discrepancy (unbiased, so it can be below 0) under a cubic kernel of (n, width) features.
+
+    The kernel is (x.y / width + 1)^3, made for Inception's features. Features of other networks have other scales, so
+    with `unit_norm` they are divided by their length and the kernel is (x.y + 1)^3. In float64: the sums nearly cancel.
+    """
+    samples, reference = samples.double(), reference.double()
+    if unit_norm:
+        samples, reference = F.normalize(samples), F.normalize(reference)
+    result = kid_features_to_metric(
+        samples,
+        reference,
+        kid_subsets=subsets,
+        kid_subset_size=subset_size,
+        kid_kernel_poly_gamma=1.0 if unit_norm else None,
+        rng_seed=SUBSET_SEED,
+        verbose=False,
+    )
+    return float(result[KEY_METRIC_KID_MEAN])
+
+
+def precision_and_recall(samples: Tensor, reference: Tensor, neighbours: int) -> tuple[float, float]:
+    """Shares of samples near the reference and the other way round, by `neighbours`-th nearest distances, in float64."""
+    result = prc_features_to_metric(
+        samples.double(),
+        reference.double(),
+        prc_neighborhood=neighbours,
+        prc_batch_size=PRECISION_RECALL_BATCH,
+        save_cpu_ram=True,
+        verbose=False,
+    )
+    return float(result[KEY_METRIC_PRECISION]), float(result[KEY_METRIC_RECALL])
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """float32 means float32: no TF32 on a GPU, whatever training has set; nothing changes on a CPU."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _check_loads_without_executing(weights: str) -> None:
+    """torch-fidelity unpickles the file with no restriction; refuse one that could execute code by that."""
+    try:
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{weights} cannot be read as plain weights ({reason}): {INCEPTION_HINT}") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{weights} holds a {type(state).__name__}, not a table of weights: {INCEPTION_HINT}")

@@ -1,0 +1,149 @@
+"""Are features extracted safely: in order, finite, from the weights that were named and without executing anything?"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+from bench import fidelity
+from bench.config import DataConfig, EvaluationConfig
+from bench.data import DataSource, balanced_order, load_data, to_uint8
+from bench.data.digits_classifier import WEIGHTS_SHA256
+from bench.evaluate import protocol_of, score
+
+
+def noise_images(count: int) -> Tensor:
+    return torch.randint(0, 256, (count, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def test_features_do_not_depend_on_the_order_in_which_they_are_asked_for() -> None:
+    images = noise_images(7)
+    forwards, backwards = (
+        fidelity.extract_features(images, fidelity.build_extractor("digits", WEIGHTS_SHA256, layers=layers), 3)
+        for layers in (["features", "logits"], ["logits", "features"])
+    )
+    assert forwards["features"].shape == (7, 64) and forwards["logits"].shape == (7, 10)
+    for name, features in forwards.items():
+        assert torch.equal(features, backwards[name])
+
+
+def test_features_of_whole_batches_are_the_same_in_parts() -> None:
+    """What lets ranks extract whole blocks and gather."""
+    extractor = fidelity.build_extractor("digits", WEIGHTS_SHA256)
+    images = noise_images(12)
+    whole = fidelity.extract_features(images, extractor, 4)
+    parts = [fidelity.extract_features(images[start : start + 4], extractor, 4) for start in (0, 4, 8)]
+    for name, features in whole.items():
+        assert torch.equal(features, torch.cat([part[name] for part in parts]))
+
+
+class BrokenExtractor(FeatureExtractorBase):  # type: ignore[misc]
+    def __init__(self) -> None:
+        super().__init__("broken", ["features"])
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        features = images.float().flatten(1)
+        return (torch.where(features == 0, torch.nan, features),)
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        return ("features",)
+
+
+def test_features_that_are_not_finite_are_refused() -> None:
+    images = torch.ones(4, 1, 2, 2, dtype=torch.uint8)
+    images[1, 0, 0, 0] = 0
+    with pytest.raises(ValueError, match="'features' of 1 of 4 images are not finite"):
+        fidelity.extract_features(images, BrokenExtractor(), 2)
+
+
+def test_images_that_are_not_uint8_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"torch.float32.*to_uint8"):
+        fidelity.extract_features(torch.zeros(4, 1, 2, 2), BrokenExtractor(), 2)
+
+
+def test_extractor_must_have_the_weights_that_the_protocol_names() -> None:
+    with pytest.raises(ValueError, match="the protocol names 00"):
+        fidelity.build_extractor("digits", "0" * 64)
+
+
+# --- Inception
+
+
+def random_inception(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+    """Weights of torch-fidelity's Inception as PyTorch initialises them: built without its download."""
+    with monkeypatch.context() as patch, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        return dict(FeatureExtractorInceptionV3("random", ["2048"], verbose=False).state_dict())
+
+
+@pytest.fixture
+def colours(tmp_path: Path) -> DataSource:
+    generator = np.random.default_rng(0)
+    for part in ("train", "heldout"):
+        for name in ("a", "b"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(5):
+                Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(tmp_path / part / name / f"{i}.png")
+    return load_data(DataConfig(name="folder", path=str(tmp_path), image_size=8))
+
+
+def colour_samples(source: DataSource) -> tuple[Tensor, Tensor]:
+    """The ten training images, classes in turn."""
+    x, y = source.train.batch(balanced_order(source.train.labels))
+    return to_uint8(x), y
+
+
+def inception_config(weights: Path | str) -> EvaluationConfig:
+    return EvaluationConfig(extractor="inception", extractor_weights=str(weights), num_samples=10, kid_subset_size=5)
+
+
+def test_inception_scores_with_weights_from_a_local_file(
+    tmp_path: Path, colours: DataSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = tmp_path / "weights.pth"
+    torch.save(random_inception(monkeypatch), weights)
+    protocol = protocol_of(inception_config(weights), colours)
+    assert str(tmp_path) not in repr(protocol.content)
+    samples, labels = colour_samples(colours)
+    scores = score(samples, labels, protocol, colours)
+    assert "class_accuracy" not in scores
+    assert scores["nearest_neighbour"] == 0 and scores["precision"] == 1
+    assert scores["fid_train"] < 1e-3 * scores["fid_heldout"]  # the ten training images themselves
+    weights.write_bytes(weights.read_bytes() + b" ")
+    with pytest.raises(ValueError, match="the weights of inception have SHA-256"):
+        fidelity.build_extractor("inception", protocol.extractor_sha256, str(weights))
+
+
+class Payload:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (print, ("executed",))
+
+
+def test_inception_refuses_missing_foreign_and_executable_weights(
+    tmp_path: Path, colours: DataSource, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hint = rf"{fidelity.INCEPTION_FILE} .*evaluation.extractor_weights"
+    for missing in ("", str(tmp_path / "missing.pth")):
+        with pytest.raises(ValueError, match=hint):
+            protocol_of(inception_config(missing), colours)
+    path = tmp_path / "other.pth"
+    for content, message in (
+        ({"fc.weight": torch.zeros(1)}, "does not hold weights of torch-fidelity's Inception"),
+        ([1, 2], "holds a list"),
+        (Payload(), "cannot be read as plain weights"),
+    ):
+        torch.save(content, path)
+        sha256 = fidelity.weights_hash("inception", str(path))
+        with pytest.raises(ValueError, match=f"{message}.*{hint}"):
+            fidelity.build_extractor("inception", sha256, str(path))
+    assert "executed" not in capsys.readouterr().out
