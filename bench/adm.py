@@ -1,8 +1,8 @@
 """How are the reference files and sample files of ADM read and written?
 
 ADM (arXiv 2105.05233) evaluates .npz files: a reference holds `mu` and `sigma` of Inception's features (`mu_s`,
-`sigma_s`: of its spatial ones) and some images in `arr_0`, uint8 (n, H, W, C); a sample file holds `arr_0`, and labels
-in `arr_1`. No TensorFlow, and no pickles.
+`sigma_s`: of its spatial ones) and some images in `arr_0`, uint8 (n, H, W, C); a sample file holds `arr_0`, and
+labels in `arr_1`. No TensorFlow, and no pickles.
 """
 
 import os

@@ -1,7 +1,8 @@
 """When has a run had its share?
 
-A budget is an amount of one unit: `images` that went through a network (summed over experts), `train_flops` (counted, `bench.flops`) or
-`device_seconds` (summed over devices; evaluation, checkpoints and compilation excluded). Steps follow from it.
+A budget is an amount of one unit: `images` that went through a network (summed over experts), `train_flops` (counted,
+`bench.flops`) or `device_seconds` (summed over devices; evaluation, checkpoints and compilation excluded). Steps
+follow from it.
 """
 
 from dataclasses import dataclass

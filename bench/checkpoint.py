@@ -1,7 +1,8 @@
 """How is a run's state kept so that no crash can lose or damage it?
 
-One safetensors file per checkpoint (tensors, and the counters as JSON in its header) with a digest of its contents, written under
-a temporary name, flushed and renamed. The last two are kept; a damaged one is passed over with a warning. Loading executes nothing.
+One safetensors file per checkpoint (tensors, and the counters as JSON in its header) with a digest of its contents,
+written under a temporary name, flushed and renamed. The last two are kept; a damaged one is passed over with a
+warning. Loading executes nothing.
 """
 
 import hashlib

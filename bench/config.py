@@ -1,9 +1,9 @@
 """What exactly is one run, and what is its name?
 
-A run's configuration is a tree of frozen dataclasses, read from YAML and `key=value` overrides through OmegaConf. Defaults are filled in
-once, saved and hashed: the run id is a hash of everything that can change the trained weights. How a run is scored (`evaluation`), where
-and how often it writes (`system`) and what it is called (`label`) do not change the weights and are not part of the id; the scoring has
-a hash of its own (`bench.evaluate`).
+A run's configuration is a tree of frozen dataclasses, read from YAML and `key=value` overrides through OmegaConf.
+Defaults are filled in once, saved and hashed: the run id is a hash of everything that can change the trained weights.
+How a run is scored (`evaluation`), where and how often it writes (`system`) and what it is called (`label`) do not
+change the weights and are not part of the id; the scoring has a hash of its own (`bench.evaluate`).
 """
 
 import hashlib

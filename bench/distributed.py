@@ -1,6 +1,7 @@
 """How do several processes act as one trainer?
 
-Ranks hold the same weights and see slices of the same global batch. Everything that is decided, is decided by rank 0 for all.
+Ranks hold the same weights and see slices of the same global batch. Everything that is decided, is decided by rank 0
+for all.
 """
 
 import os

@@ -1,8 +1,8 @@
 """Which average of the weights is sampled and scored?
 
-An exponential moving average with a half-life in images and a warm-up: `half-life = min(half_life, warmup * images seen)`, so
-that short runs are averaged over a like part of their training. Only parameters that got a gradient are averaged, by
-the images that they have seen: experts that train apart are averaged on their own updates.
+An exponential moving average with a half-life in images and a warm-up: `half-life = min(half_life, warmup * images
+seen)`, so that short runs are averaged over a like part of their training. Only parameters that got a gradient are
+averaged, by the images that they have seen: experts that train apart are averaged on their own updates.
 """
 
 from collections import defaultdict

@@ -1,9 +1,9 @@
 """What does one optimiser step, and one image, cost in floating-point operations?
 
-Counted with `torch.utils.flop_counter` on the meta device, where nothing is computed: the count does not depend on the machine, and attention
-is counted without the recomputation that fused kernels do in their backward pass. FLOPs are 2 * multiply-accumulates of matrix products; the
-papers' "Gflops" are multiply-accumulates. Two batch sizes separate what is paid once per step (weight mixing, gate tables) from what
-is paid per image.
+Counted with `torch.utils.flop_counter` on the meta device, where nothing is computed: the count does not depend on
+the machine, and attention is counted without the recomputation that fused kernels do in their backward pass. FLOPs
+are 2 * multiply-accumulates of matrix products; the papers' "Gflops" are multiply-accumulates. Two batch sizes
+separate what is paid once per step (weight mixing, gate tables) from what is paid per image.
 """
 
 import copy

@@ -1,7 +1,8 @@
 """How well does a run denoise images that it has not seen, timestep by timestep?
 
-Training losses of methods with different intervals or penalties cannot be compared. This is the plain squared error on the same
-held-out images, timesteps and noise for every method, seed and point in training, in the same bins of timesteps.
+Training losses of methods with different intervals or penalties cannot be compared. This is the plain squared error
+on the same held-out images, timesteps and noise for every method, seed and point in training, in the same bins of
+timesteps.
 """
 
 from typing import NamedTuple

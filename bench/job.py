@@ -1,7 +1,7 @@
 """What does one run do, from its configuration to `done`? The entry point of every job, on a laptop or a cluster.
 
-Everything that can be refused is refused before anything is written. A run that is interrupted anywhere goes on from its last
-checkpoint when the same command is given again.
+Everything that can be refused is refused before anything is written. A run that is interrupted anywhere goes on from
+its last checkpoint when the same command is given again.
 """
 
 import fcntl

@@ -1,7 +1,8 @@
 """Which numbers does training leave behind, and where?
 
-`metrics.jsonl` gets one line per trained interval and window of steps, and one per timestep bin of the held-out loss; `snapshots/` what a
-method shows of itself over training; `progress.json` is a heartbeat. A resumed run first rewinds them to its checkpoint, so no line appears twice.
+`metrics.jsonl` gets one line per trained interval and window of steps, and one per timestep bin of the held-out loss;
+`snapshots/` what a method shows of itself over training; `progress.json` is a heartbeat. A resumed run first rewinds
+them to its checkpoint, so no line appears twice.
 """
 
 import json

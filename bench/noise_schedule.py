@@ -1,7 +1,7 @@
 """How much noise is there at each timestep, and which timesteps does a sampler visit?
 
-T timesteps, t = 0 the cleanest; `betas` are the variances added step by step. "abar" in comments is the running product
-of 1 - beta. Everything is computed in float64; `table[index]` hands out float32.
+T timesteps, t = 0 the cleanest; `betas` are the variances added step by step. "abar" in comments is the running
+product of 1 - beta. Everything is computed in float64; `table[index]` hands out float32.
 
     linear schedule             DDPM, arXiv 2006.11239, section 4
     cosine schedule             improved DDPM, arXiv 2102.09672, eq. 17

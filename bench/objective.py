@@ -1,7 +1,8 @@
 """What does the network learn to predict, and how is a miss weighed?
 
-Two objectives behind one small interface, so that the trainer, the held-out loss and the sampler need not ask which it is: discrete
-diffusion (the network predicts noise and, optionally, the variance) and rectified flow (it predicts the velocity).
+Two objectives behind one small interface, so that the trainer, the held-out loss and the sampler need not ask which
+it is: discrete diffusion (the network predicts noise and, optionally, the variance) and rectified flow (it predicts
+the velocity).
 """
 
 from typing import Protocol
@@ -75,7 +76,7 @@ def make_objective(config: DiffusionConfig, model: ModelConfig, method: Method) 
         asked = "rectified flow" if config.objective == "flow" else "uncertainty weighting"
         if config.objective == "flow" or config.loss_weight == "uncertainty":
             raise ValueError(
-                f"{asked} draws timesteps over the whole schedule, but this method splits it into {len(method.intervals)} intervals: "
+                f"{asked} draws timesteps over the whole schedule, which this method splits into {len(method.intervals)}: "
                 "choose diffusion.objective=noise and diffusion.loss_weight=uniform or min_snr"
             )
     return FlowObjective() if config.objective == "flow" else NoiseObjective(config, model.learn_sigma)

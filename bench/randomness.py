@@ -1,10 +1,10 @@
 """What does optimiser step k see?
 
-Every random number comes from a generator seeded by (seed, purpose, place): the place is the optimiser step or a block of sample
-indices, never a rank or a device. All of a step is drawn for the GLOBAL batch, on the CPU; a rank takes its slice. A step trains one
-expert, and which one follows from the step (`bench.intervals.interval_at_step`), so the k-th step names the expert and that expert's own
-step: an expert trained in a job of its own draws the same numbers. At equal batch sizes all methods see the same images, noise, dropped
-labels and relative timesteps at step k.
+Every random number comes from a generator seeded by (seed, purpose, place): the place is the optimiser step or a
+block of sample indices, never a rank or a device. All of a step is drawn for the GLOBAL batch, on the CPU; a rank
+takes its slice. A step trains one expert, and which one follows from the step (`bench.intervals.interval_at_step`),
+so the k-th step names the expert and that expert's own step: an expert trained in a job of its own draws the same
+numbers. At equal batch sizes all methods see the same images, noise, dropped labels and relative timesteps at step k.
 """
 
 import hashlib

@@ -1,6 +1,7 @@
 """What has been run, how far is it, and what came out?
 
-Everything is told from run folders alone, without torch. `tidy` gives one row per run and metric, of which tables are made.
+Everything is told from run folders alone, without torch. `tidy` gives one row per run and metric, of which tables are
+made.
 """
 
 import json

@@ -1,8 +1,9 @@
 """How are images drawn from a trained method, so that anyone anywhere draws the same ones?
 
-Image i depends on (seed, i) alone: indices are cut into fixed blocks, a block draws its own noise and is computed as one batch of fixed size,
-the last one padded. Ranks own whole blocks. The label of image i is i mod the number of classes. The schedule is walked interval by interval
-from noise to image, so each expert is specialised once and only one is alive at a time.
+Image i depends on (seed, i) alone: indices are cut into fixed blocks, a block draws its own noise and is computed as
+one batch of fixed size, the last one padded. Ranks own whole blocks. The label of image i is i mod the number of
+classes. The schedule is walked interval by interval from noise to image, so each expert is specialised once and only
+one is alive at a time.
 """
 
 import math

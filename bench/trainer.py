@@ -52,9 +52,11 @@ class Trainer:
         self.cost = cost or measure_cost(method, image_shape, data.num_classes)
         self.budget: Budget = plan(config.budget, self.cost, config.train.batch_size)
         self.share = self.world.slice_of(config.train.batch_size)
-        if (self.share.stop - self.share.start) % config.train.micro_batches:
+        per_rank = self.share.stop - self.share.start
+        if per_rank % config.train.micro_batches:
             raise ValueError(
-                f"{self.share.stop - self.share.start} images per rank cannot be cut into {config.train.micro_batches} micro-batches"
+                f"{per_rank} images per rank cannot be cut into {config.train.micro_batches} micro-batches: "
+                "choose train.micro_batches that divides them"
             )
         groups = method.param_groups(config.train.lr)
         loss_parameters = list(self.objective.module.parameters())

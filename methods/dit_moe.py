@@ -11,8 +11,8 @@ Tokens are sorted by expert and the experts run as grouped matrix products over 
 
 Deviations: the paper's balance weight is 0.005; the default is the released code's 0.01. The balance statistics are
 those of the whole global batch under data parallelism (`balance_scope: local` is the released code's per-rank form);
-with gradient accumulation they are those of a micro-batch. `expert: gelu_mlp` (experts of the dense MLP's form, for an
-exact start from a dense model) is not in the paper.
+with gradient accumulation they are those of a micro-batch. `expert: gelu_mlp` (experts of the dense MLP's form, for
+an exact start from a dense model) is not in the paper.
 """
 
 import math

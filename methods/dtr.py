@@ -11,8 +11,8 @@ The mask is the same for all blocks. It zeroes the block's input channels; the w
 writes all channels, and the masked-out part of the input is carried around it. No parameters are added and no FLOPs
 are saved: the LayerNorms run over all channels, zeros included.
 
-Deviations: the window has a fixed width, as in the released code (the paper's text widens it slightly at large t). Random routing
-draws one subset per timestep and block, as the released code does, but from a seed (`routing_seed`).
+Deviations: the window has a fixed width, as in the released code (the paper's text widens it slightly at large t).
+Random routing draws one subset per timestep and block, as the released code does, but from a seed (`routing_seed`).
 """
 
 from collections.abc import Mapping

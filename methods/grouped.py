@@ -1,8 +1,8 @@
 """How do sorted rows run through stacked experts without a loop or a host synchronisation?
 
 Rows are sorted by expert; `torch.nn.functional.grouped_mm` multiplies each group with its expert's matrix. It takes
-float32 (where the build has it), bfloat16 and float16 of one dtype, strides in multiples of 16 bytes and int32 offsets,
-and does not follow autocast.
+float32 (where the build has it), bfloat16 and float16 of one dtype, strides in multiples of 16 bytes and int32
+offsets, and does not follow autocast.
 """
 
 from contextlib import AbstractContextManager, nullcontext

@@ -11,11 +11,11 @@ Paper: Fang et al., Remix-DiT, arXiv 2412.05628.
 The bases are K sets of the four linears of each block; adaLN, embedders and final layer are shared by all experts.
 Weights are mixed once per forward pass, then the plain backbone's computation runs.
 
-Deviations: the prior weight is annealed linearly from `prior_weight` to 0, as in the paper; `prior_annealing: released` is the
-released code's 2e-4 to 1e-4 (a sign slip), scaled by `prior_weight`. Batches across intervals are refused; the
-released code averages their coefficients. `coefficients: local` (per block) starts all blocks from the same
-drawn logits. With `mixer: raw` the table starts at the softmax of the drawn logits, so that all mixers start alike; the
-prior loss is for `mixer: softmax` only.
+Deviations: the prior weight is annealed linearly from `prior_weight` to 0, as in the paper; `prior_annealing:
+released` is the released code's 2e-4 to 1e-4 (a sign slip), scaled by `prior_weight`. Batches across intervals are
+refused; the released code averages their coefficients. `coefficients: local` (per block) starts all blocks from the
+same drawn logits. With `mixer: raw` the table starts at the softmax of the drawn logits, so that all mixers start
+alike; the prior loss is for `mixer: softmax` only.
 """
 
 from collections.abc import Mapping

@@ -8,12 +8,12 @@ Paper: Park et al., Switch Diffusion Transformer, arXiv 2403.09176.
     section 4.3, assignment                  `match_columns`
     section 4.3, diffusion-prior loss        `jensen_shannon`, `SwitchDiT.prior`
 
-An expert is one linear, so the mask of a sample, `m = 1 + sum_k g_k E_k(x)`, is a single linear whose weights are mixed
-from its experts: mixing costs M*D^2 a sample instead of k*N*D^2, and nothing is dispatched.
+An expert is one linear, so the mask of a sample, `m = 1 + sum_k g_k E_k(x)`, is a single linear whose weights are
+mixed from its experts: mixing costs M*D^2 a sample instead of k*N*D^2, and nothing is dispatched.
 
-Deviations: where the optimal assignment is not unique, the released code picks one at random; here
-it is the one that scipy's solver finds, the same every time. The gate over all timesteps that
-the assignment needs is computed without gradient, as its result is a constant.
+Deviations: where the optimal assignment is not unique, the released code picks one at random; here it is the one that
+scipy's solver finds, the same every time. The gate over all timesteps that the assignment needs is computed without
+gradient, as its result is a constant.
 """
 
 import re

@@ -1,7 +1,7 @@
 """How are several runs trained side by side on this machine?
 
-One process per run, so that each keeps its number of threads: several many-threaded trainers beside each other slow each other down
-many times over. The longest start first. Progress comes from the run folders, never from log text.
+One process per run, so that each keeps its number of threads: several many-threaded trainers beside each other slow
+each other down many times over. The longest start first. Progress comes from the run folders, never from log text.
 """
 
 import os
