@@ -1,0 +1,37 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. The first run installs into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo quick test check install format
+
+demo: $(INSTALLED)  ## six methods on real digits: train, score, table and figures
+	$(BIN)/tsbench demo
+
+quick: $(INSTALLED)  ## the demo's path in about two minutes, not converged
+	$(BIN)/tsbench demo --quick
+
+test: $(INSTALLED)  ## all tests that this machine can run
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+
+check: $(INSTALLED)  ## lint, types, tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(MAKE) test
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "timestep-bench needs Python 3.11 or later: run make PYTHON=/path/to/python3.11"; exit 2; }
+	@echo "Installing into $(VENV): about 6 GB, a few minutes the first time."
+	@$(PYTHON) -m venv $(VENV) \
+	  || { echo "Python cannot create virtual environments here: install python3-venv (Debian: apt-get install python3-venv)"; exit 2; }
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
