@@ -44,6 +44,7 @@ COLUMNS = (
     Column("updates_per_parameter_set", "Updates / parameter set", "Updates / set", "cost", kind="integer"),
     Column("train_images_per_second", "Train images/s †", "Train img/s†", "cost"),
     Column("sample_images_per_second", "Sample images/s †", "Sample img/s†", "cost"),
+    Column("lost_device_seconds", "Device-seconds lost to crashes †", "Lost s†", "cost"),
     Column("initial_flops", "Spent on initial weights", "Initial weights", "cost", kind="si", unit="FLOPs"),
     Column("fid_train", "FID (train)", "FID train", "quality", "lower", "significant:4", scale="fid"),
     Column("fid_heldout", "FID (held-out)", "FID held-out", "quality", "lower", "significant:4", scale="fid"),
@@ -55,7 +56,7 @@ COLUMNS = (
     Column("n", "n", "n", "quality", kind="integer"),
     Column("seeds", "Seeds", "Seeds", "quality", kind="integer"),
 )
-ONLY_IF_ABOVE = {"initial_flops": 0, "seeds": 1}  # columns left out where they say nothing
+ONLY_IF_ABOVE = {"initial_flops": 0, "lost_device_seconds": 0, "seeds": 1}  # columns left out where they say nothing
 
 
 class Cell(NamedTuple):
