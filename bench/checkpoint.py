@@ -26,8 +26,13 @@ class Checkpoint(NamedTuple):
 
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], counters: dict[str, Any]) -> Path:
-    """Write the state after `step` steps and remove all but the last two."""
+    """Write the state after `step` steps and remove all but the last two.
+
+    Ones of later steps go too: the run was resumed from before them, as they were damaged.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob("*.tmp"):  # of a process that was killed while it wrote
+        leftover.unlink()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"counters": json.dumps(counters, sort_keys=True), "digest": _digest(tensors, counters)}
     path = folder / f"step-{step:09d}.safetensors"
@@ -39,8 +44,11 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], counters: dict[str
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    for old in list_checkpoints(folder)[:-KEPT]:
-        old.unlink()
+    there = list_checkpoints(folder)
+    kept = [other for other in there if other <= path][-KEPT:]
+    for other in there:
+        if other not in kept:
+            other.unlink()
     return path
 
 

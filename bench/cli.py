@@ -5,31 +5,54 @@ fair is refused; 130 interrupted.
 """
 
 import argparse
+import io
+import os
+import signal
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import NoReturn
 
 from rich.console import Console
 
 RESULTS = Path("results")
 DESCRIPTION = "Timestep-specialised diffusion transformers under one trainer, at equal budgets, scored by one frozen protocol."
-SETTINGS = "settings as key=value, for example train.lr=1e-3 options.experts=8 (see `tsbench train --help`)"
+START = "Start with `tsbench demo --quick`; every command explains itself with --help."
+MEMORY = "choose a smaller model or train.batch_size, or more train.micro_batches"
+
+
+# Imports are made where they are needed, so that help and refusals come at once.
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; the exit code."""
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    parser = make_parser()
-    parsed = parser.parse_args(arguments)
-    try:
-        return int(parsed.run(parsed) or 0)
-    except ValueError as error:
-        print(f"tsbench: {error}", file=sys.stderr)
-        return _exit_code(error)
-    except KeyboardInterrupt:
-        print("tsbench: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+    """Run one command; the exit code. `arguments`: those of this process by default."""
+    if arguments is None:
+        signal.signal(signal.SIGTERM, _interrupt)  # a polite kill is as good as Ctrl-C: children end, what is held is let go
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+        try:
+            parsed = _parse(arguments)
+            return int(parsed.run(parsed) or 0)
+        except ValueError as error:
+            return _refuse(str(error), _exit_code(error))
+        except BrokenPipeError:  # who read our output has gone away, as `| head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except OSError as error:
+            where = f" {error.filename}" if error.filename else ""
+            return _refuse(f"cannot read or write{where} ({error.strerror or error}): make room, or choose another folder", 2)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            return _refuse(f"there is not enough memory ({_first_line(error)}): {MEMORY}", 2)
+        except KeyboardInterrupt:
+            return _refuse("stopped; the same command goes on from the last checkpoint", 130)
+
+
+def _refuse(message: str, code: int) -> int:
+    print(f"tsbench: {' '.join(message.split())}", file=sys.stderr)
+    return code
 
 
 def _exit_code(error: ValueError) -> int:
@@ -38,24 +61,69 @@ def _exit_code(error: ValueError) -> int:
     return 3 if isinstance(error, TableRefusal) else 2
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tsbench", description=DESCRIPTION)
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+def _is_out_of_memory(error: Exception) -> bool:
+    """PyTorch has a class of its own for accelerators alone."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate" in str(error)
 
-    demo = commands.add_parser("demo", help="the six methods on real digits: train, score, table and figures")
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _interrupt(signal_number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses in one line, and lists the settings only when help is asked for."""
+
+    lists_settings = False
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"tsbench: {message}: see `{self.prog} --help`\n")
+
+    def format_help(self) -> str:
+        return super().format_help() + (f"\n{_settings_help()}\n" if self.lists_settings else "")
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line; settings may stand anywhere after the command."""
+    parser = make_parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    if "run" not in parsed:
+        parser.print_help()
+        parser.error("no command was given")
+    takes_settings = "settings" in parsed
+    unknown = [text for text in rest if text.startswith("-") or "=" not in text or not takes_settings]
+    if unknown:
+        hint = "; settings are given as key=value" if takes_settings else ""
+        parser.error(f"{' '.join(unknown)} is not understood{hint}")
+    if rest:
+        parsed.settings = [*parsed.settings, *rest]
+    return parsed
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="tsbench", description=DESCRIPTION, epilog=START)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    demo = commands.add_parser(
+        "demo",
+        help="the six methods on real digits: train, score, table and figures",
+        description="Train and score the six methods on real digits, and show the table and the figures. "
+        "Runs that are finished are reused, others are resumed.",
+    )
     demo.add_argument("--quick", action="store_true", help="the same path in about two minutes, far from converged")
-    demo.add_argument("--fresh", action="store_true", help="start over instead of resuming and reusing runs")
+    demo.add_argument("--fresh", action="store_true", help="delete this demo's runs and start over")
     demo.add_argument("--out", type=Path, help="folder for runs and results (default results/demo, or results/demo-quick)")
     demo.add_argument("--workers", type=int, help="runs side by side (default: one per processor)")
-    demo.add_argument("settings", nargs="*", metavar="key=value", help="settings for all runs")
+    demo.add_argument("settings", nargs="*", metavar="key=value", help="settings for all runs, for example seed=1")
     demo.set_defaults(run=run_demo)
 
     train = commands.add_parser(
-        "train",
-        help="train and score one run, or resume it",
-        epilog=_settings_help(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "train", help="train and score one run, or resume it", description="Train and score one run, or resume it."
     )
+    train.lists_settings = True
     train.add_argument(
         "config", nargs="?", metavar="CONFIG", help="a YAML file, or a run folder to go on with; default: the settings alone"
     )
@@ -63,7 +131,7 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument("--runs", type=Path, default=RESULTS / "runs", help="where the run's folder goes (default results/runs)")
     train.set_defaults(run=run_train)
 
-    sample = commands.add_parser("sample", help="draw images from a trained run")
+    sample = commands.add_parser("sample", help="draw images from a trained run", description="Draw images from a trained run.")
     sample.add_argument("folder", type=Path, metavar="RUN", help="a run folder")
     sample.add_argument(
         "settings", nargs="*", metavar="key=value", help="for example evaluation.num_samples=100 evaluation.guidance_scale=1.5"
@@ -71,35 +139,40 @@ def make_parser() -> argparse.ArgumentParser:
     sample.add_argument("--out", type=Path, required=True, help="an .npz file (ADM's form: arr_0, uint8, NHWC) or a .png grid")
     sample.set_defaults(run=run_sample)
 
-    evaluate = commands.add_parser("evaluate", help="score a trained run, also under other evaluation settings")
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="score a trained run again, under other evaluation settings",
+        description="Score a trained run again, under other evaluation settings; the scores are added to its eval.json.",
+    )
     evaluate.add_argument("folder", type=Path, metavar="RUN", help="a run folder")
     evaluate.add_argument("settings", nargs="*", metavar="key=value", help="for example evaluation.steps=250")
     evaluate.set_defaults(run=run_evaluate)
 
-    for name, text in (
-        ("collect", "gather the runs of a folder into one tidy results.csv"),
-        ("tables", "the comparison table of a folder's runs: Markdown and LaTeX"),
-        ("plots", "the figures of a folder's runs: PNG, PDF and the data shown"),
+    for name, run, text in (
+        ("collect", run_collect, "gather the runs of a folder into one tidy results.csv"),
+        ("tables", run_tables, "the comparison table of a folder's runs: Markdown and LaTeX"),
+        ("plots", run_plots, "the figures of a folder's runs: PNG, PDF and the data shown"),
     ):
-        command = commands.add_parser(name, help=text, description=text)
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         command.add_argument("folder", type=Path, metavar="FOLDER", help="a folder with runs/, for example results/demo")
-        command.add_argument("--suite", default="demo", help="the suite that gives title, labels and colours (default demo)")
-        command.set_defaults(run={"collect": run_collect, "tables": run_tables, "plots": run_plots}[name])
+        if run is not run_collect:
+            command.add_argument("--suite", default="demo", help="the suite that gives title, labels and colours (default demo)")
+            command.add_argument(
+                "--protocol", default="", metavar="HASH", help="which scores, of runs that were scored by several"
+            )
+        command.set_defaults(run=run)
     return parser
 
 
 def _settings_help() -> str:
     from dataclasses import asdict
 
-    from bench.config import RunConfig
-    from bench.job import OPTIONS
+    from bench.job import OPTIONS, make_config
+    from bench.settings import flat_settings
 
+    defaults = {**asdict(make_config({})), "options": None}
     lines = ["settings and their defaults:"]
-    for key, value in asdict(RunConfig()).items():
-        if isinstance(value, dict) and key != "options":
-            lines += [f"  {key}.{inner}={_shown(default)}" for inner, default in value.items()]
-        elif key != "options":
-            lines.append(f"  {key}={_shown(value)}")
+    lines += [f"  {key}={_shown(value)}" for key, value in flat_settings(defaults).items() if key != "options"]
     lines.append("options.NAME, by method:")
     for method, options in OPTIONS.items():
         lines.append(f"  {method}: " + (" ".join(f"{name}={_shown(default)}" for name, default in options.items()) or "none"))
@@ -111,107 +184,52 @@ def _shown(value: object) -> str:
 
 
 def run_demo(parsed: argparse.Namespace) -> int:
-    from bench import demo
+    from bench import demo, show
     from bench.suite import load_suite
 
     name = "demo-quick" if parsed.quick else "demo"
     suite = load_suite(name)
     out = parsed.out or RESULTS / name
-    workers = demo.default_workers(threads=1) if parsed.workers is None else parsed.workers
-    if workers < 1:
-        raise ValueError(f"--workers is {workers}: give at least 1")
-    if parsed.fresh:
-        demo.start_over(out)
+    if parsed.workers is not None and parsed.workers < 1:
+        raise ValueError(f"--workers is {parsed.workers}: give at least 1")
     console = Console()
-    failures = demo.run_suite(suite, out, parsed.settings, workers, console)
+    plan = demo.make_plan(suite, out, parsed.settings)
+    workers = parsed.workers or demo.default_workers(max(config.train.threads for config in plan.configs))
+    if parsed.fresh:
+        demo.start_over(plan)
+    failures = demo.run_plan(plan, workers, console)
     for run, cause in failures.items():
         print(f"tsbench: run {run} failed: {cause}", file=sys.stderr)
     if failures:
         return 1
-    show_results(out, suite, console)
+    found = [run for run in show.find(out, plan.protocol_hash) if run.path in plan.folders]
+    show.write_tables(out, found, suite, console)
+    figures = show.write_figures(out, found, suite)
+    console.print(f"\nFigures ({len(figures)} files): {out / 'figures'}")
+    console.print(f"Tables: {out / 'table.md'}, {out / 'table.tex'}; tidy results: {out / 'results.csv'}")
     return 0
 
 
-def write_results(folder: Path) -> Path:
-    """`results.csv` from the folder's runs."""
-    from bench import runs
-
-    path = folder / "results.csv"
-    runs.write_results(_tidy(folder), path)
-    return path
-
-
-def write_tables(folder: Path, suite: dict[str, Any], console: Console) -> None:
-    """`results.csv`, `table.md` and `table.tex` from the folder's runs; prints the table."""
-    from bench import tables
-
-    frame = _tidy(folder)
-    table = tables.comparison(frame, suite)
-    tables.write_tables(table, frame, folder)
-    console.print(tables.to_rich(table))
-
-
-def write_figures(folder: Path, suite: dict[str, Any]) -> list[Path]:
-    """Everything in `figures/`, from the folder's runs; the files written."""
-    from bench import plots, runs
-
-    found = runs.find_runs(folder)
-    real = real_images(found[0].config) if found else None
-    floor = runs.read_floor(folder / "floor.json")
-    return plots.make_figures(found, suite, folder / "figures", floor=floor, real_images=real)
-
-
-def real_images(config: dict[str, Any]) -> Any:
-    """Held-out images (n, H, W, C) uint8, image i of class i mod the number of classes; None for data that are not pixels."""
-    import torch
-
-    from bench.config import DataConfig
-    from bench.data import load_data, to_uint8
-
-    data = load_data(DataConfig(**config["data"]))
-    if not data.pixels:
-        return None
-    x, _ = data.heldout.batch(torch.arange(min(len(data.heldout), 100)))
-    return to_uint8(x).permute(0, 2, 3, 1).numpy()
-
-
-def _tidy(folder: Path) -> Any:
-    from bench import runs
-
-    return runs.tidy(runs.find_runs(folder), runs.read_floor(folder / "floor.json"))
-
-
-def show_results(out: Path, suite: dict[str, Any], console: Console) -> None:
-    """Write results.csv, the tables and the figures of a folder, and print the table."""
-    write_tables(out, suite, console)
-    figures = write_figures(out, suite)
-    console.print(f"\nFigures ({len(figures)}, PNG and PDF): {out / 'figures'}")
-    console.print(f"Tables: {out / 'table.md'}, {out / 'table.tex'}; tidy results: {out / 'results.csv'}")
-
-
 def run_train(parsed: argparse.Namespace) -> int:
-    import torch
-
     from bench import job
-    from bench.config import read_yaml
     from bench.distributed import world_from_environment
+    from bench.files import read_yaml
     from bench.journal import Diverged
 
-    settings = list(parsed.settings)
-    source = parsed.config
+    settings, source = list(parsed.settings), parsed.config
     if source is not None and "=" in source:
         settings, source = [source, *settings], None
-    path = Path(source) if source is not None else None
-    is_run = path is not None and path.is_dir()
-    file = path / "config.yaml" if path is not None and is_run else path
-    config = job.make_config(read_yaml(file) if file is not None else {}, settings)
-    folder = path if path is not None and is_run else parsed.runs / config.run_id
-    with world_from_environment(torch.device(config.system.device)) as world:
+    if source is not None and Path(source).is_dir():
+        folder = Path(source)
+        config = job.read_config(folder, settings)
+    else:
+        config = job.make_config(read_yaml(Path(source)) if source is not None else {}, settings)
+        folder = parsed.runs / config.run_id
+    with world_from_environment(job.find_device(config.system.device)) as world:
         try:
             job.run(config, folder, world)
         except Diverged as error:
-            print(f"tsbench: training diverged: {error}", file=sys.stderr)
-            return 1
+            return _refuse(f"training diverged: {error}", 1)
         if world.is_main:
             print_run(folder)
     return 0
@@ -227,20 +245,24 @@ def print_run(folder: Path) -> None:
 
 def run_sample(parsed: argparse.Namespace) -> int:
     from bench import adm, job
+    from bench.files import write_bytes_atomically
 
-    if parsed.out.suffix not in (".npz", ".png"):
-        raise ValueError(f"--out is {parsed.out}: give a name that ends in .npz or .png")
-    if not parsed.out.parent.is_dir():
-        raise ValueError(f"there is no folder {parsed.out.parent}: create it, or choose another --out")
+    out: Path = parsed.out
+    if out.suffix not in (".npz", ".png") or out.is_dir():
+        raise ValueError(f"--out is {out}: give the name of a file that ends in .npz or .png")
+    if not out.parent.is_dir():
+        raise ValueError(f"there is no folder {out.parent}: create it, or choose another --out")
     samples = job.draw_samples(parsed.folder, parsed.settings)
-    if parsed.out.suffix == ".npz":
-        adm.write_samples(parsed.out, samples.images)
+    if out.suffix == ".npz":
+        adm.write_samples(out, samples.images, samples.labels)
     else:
         from torchvision.transforms.functional import to_pil_image
         from torchvision.utils import make_grid
 
-        to_pil_image(make_grid(samples.images, nrow=10)).save(parsed.out)
-    print(f"{len(samples.images)} images at {samples.images_per_second:.1f} images/s: {parsed.out}")
+        content = io.BytesIO()
+        to_pil_image(make_grid(samples.images, nrow=10)).save(content, "png")
+        write_bytes_atomically(out, content.getvalue())
+    print(f"{len(samples.images)} images at {samples.images_per_second:.1f} images/s: {out}")
     return 0
 
 
@@ -253,21 +275,30 @@ def run_evaluate(parsed: argparse.Namespace) -> int:
 
 
 def run_collect(parsed: argparse.Namespace) -> int:
-    print(write_results(parsed.folder))
+    from bench import runs, show
+
+    found = show.find(parsed.folder)
+    path = parsed.folder / "results.csv"
+    runs.write_results(runs.tidy(found, show.floor_of(parsed.folder, found)), path)
+    print(path)
     return 0
 
 
 def run_tables(parsed: argparse.Namespace) -> int:
+    from bench import show
     from bench.suite import load_suite
 
-    write_tables(parsed.folder, load_suite(parsed.suite), Console())
+    suite = load_suite(parsed.suite)
+    show.write_tables(parsed.folder, show.find(parsed.folder, parsed.protocol), suite, Console())
     print(f"\n{parsed.folder / 'table.md'}, {parsed.folder / 'table.tex'}")
     return 0
 
 
 def run_plots(parsed: argparse.Namespace) -> int:
+    from bench import show
     from bench.suite import load_suite
 
-    for path in write_figures(parsed.folder, load_suite(parsed.suite)):
+    suite = load_suite(parsed.suite)
+    for path in show.write_figures(parsed.folder, show.find(parsed.folder, parsed.protocol), suite):
         print(path)
     return 0

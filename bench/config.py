@@ -1,22 +1,21 @@
 """What exactly is one run, and what is its name?
 
-A run's configuration is a tree of frozen dataclasses, read from YAML and `key=value` overrides through OmegaConf.
-Defaults are filled in once, saved and hashed: the run id is a hash of everything that can change the trained weights.
+A run's configuration is a tree of frozen dataclasses, read by `bench.settings`. Defaults are filled in once, saved and
+hashed: the run id is a hash of everything that can change the trained weights.
 How a run is scored (`evaluation`), where and how often it writes (`system`) and what it is called (`label`) do not
 change the weights and are not part of the id; the scoring has a hash of its own (`bench.evaluate`).
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, make_dataclass
-from pathlib import Path
+import math
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
 
 NOT_SCIENTIFIC = ("label", "evaluation", "system")
+MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,12 @@ class ModelConfig:
     patch_size: int = 2
     mlp_ratio: float = 4.0
     learn_sigma: bool = True
+
+    def __post_init__(self) -> None:
+        for name, high in (("depth", 1000), ("width", 100_000)):
+            _between(f"model.{name}", getattr(self, name), 1, high)
+        if not 0 < self.mlp_ratio <= 100:
+            raise ValueError(f"model.mlp_ratio is {self.mlp_ratio}: choose a value above 0, up to 100")
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,10 @@ class DiffusionConfig:
         _choice("diffusion.schedule", self.schedule, ("linear", "cosine"))
         _choice("diffusion.loss_weight", self.loss_weight, ("uniform", "min_snr", "uncertainty"))
         _choice("diffusion.flow_times", self.flow_times, ("logit_normal", "uniform", "stratified"))
-        _at_least("diffusion.num_timesteps", self.num_timesteps, 2)
+        _between("diffusion.num_timesteps", self.num_timesteps, 2, 1_000_000)
+        _between("diffusion.uncertainty_lr", self.uncertainty_lr, 0)
+        if not self.min_snr_gamma > 0:
+            raise ValueError(f"diffusion.min_snr_gamma is {self.min_snr_gamma}: choose a value above 0, 5 in the paper")
         if self.objective == "flow" and self.loss_weight != "uniform":
             raise ValueError(
                 f"diffusion.loss_weight is {self.loss_weight!r}, which rectified flow does not have: set it to uniform"
@@ -84,16 +92,20 @@ class TrainConfig:
     ema_warmup: float = 0.05  # the half-life is at most this part of the images the parameters have seen; 0: no warm-up
     precision: str = "fp32"  # fp32, bf16 (autocast)
     threads: int = 1  # of one process on a CPU; part of the settings, as it can change the last bit
-    init_from: str = ""  # weights of a dense network to start from
+    init_from: str = ""  # weights of a plain backbone to start from: a file, or a run folder
 
     def __post_init__(self) -> None:
-        _at_least("train.batch_size", self.batch_size, 1)
-        _at_least("train.micro_batches", self.micro_batches, 1)
-        _at_least("train.threads", self.threads, 1)
+        for name in ("batch_size", "micro_batches"):
+            _between(f"train.{name}", getattr(self, name), 1)
+        _between("train.threads", self.threads, 1, 1024)
+        for name in ("lr", "lr_final", "lr_warmup_images", "weight_decay", "ema_half_life_images", "ema_warmup"):
+            _between(f"train.{name}", getattr(self, name), 0)
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"train.{name} is {getattr(self, name)}: choose a value from 0 to below 1")
         _choice("train.lr_schedule", self.lr_schedule, ("constant", "cosine"))
         _choice("train.precision", self.precision, ("fp32", "bf16"))
-        if not 0 <= self.label_dropout <= 1:
-            raise ValueError(f"train.label_dropout is {self.label_dropout}: choose a probability from 0 to 1")
+        _between("train.label_dropout", self.label_dropout, 0, 1)
         if self.batch_size % self.micro_batches:
             raise ValueError(
                 f"train.batch_size {self.batch_size} cannot be cut into {self.micro_batches} micro-batches: choose a divisor"
@@ -123,7 +135,7 @@ class HeldoutConfig:
 
     def __post_init__(self) -> None:
         for name in ("bins", "images_per_bin", "points"):
-            _at_least(f"heldout.{name}", getattr(self, name), 1)
+            _between(f"heldout.{name}", getattr(self, name), 1)
 
 
 @dataclass(frozen=True)
@@ -132,7 +144,7 @@ class EvaluationConfig:
 
     num_samples: int = 500
     sampler: str = "ancestral"  # ancestral, ddim, euler (rectified flow)
-    steps: str = "50"
+    steps: str = "ddim50"  # a count, spread from the first timestep to the last; ddimS: every T/S-th from 0; a,b,c: by sections
     eta: float = 0.0  # ddim
     guidance_scale: float = 1.0
     guidance_channels: int = 0  # how many output channels are guided; 0: all that are predicted
@@ -147,9 +159,11 @@ class EvaluationConfig:
         _choice("evaluation.sampler", self.sampler, ("ancestral", "ddim", "euler"))
         _choice("evaluation.extractor", self.extractor, ("digits", "inception"))
         for name in ("num_samples", "block_size", "kid_subset_size"):
-            _at_least(f"evaluation.{name}", getattr(self, name), 1)
-        if self.guidance_channels < 0:
-            raise ValueError(f"evaluation.guidance_channels is {self.guidance_channels}: give a count, or 0 for all channels")
+            _between(f"evaluation.{name}", getattr(self, name), 1)
+        for name in ("guidance_scale", "guidance_channels"):
+            _between(f"evaluation.{name}", getattr(self, name), 0)
+        _between("evaluation.eta", self.eta, 0, 1)
+        _between("evaluation.seed", self.seed, 0, MAX_SEED)
 
 
 @dataclass(frozen=True)
@@ -162,14 +176,16 @@ class SystemConfig:
     checkpoint_every: int = 0  # steps; 0: by time only
 
     def __post_init__(self) -> None:
-        _at_least("system.log_every", self.log_every, 1)
+        _between("system.log_every", self.log_every, 1)
+        for name in ("checkpoint_every", "checkpoint_every_seconds"):
+            _between(f"system.{name}", getattr(self, name), 0)
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """One run. `options` are the method's own (its constructor's keywords); `label` is its name in tables and figures."""
 
-    method: str = "dense"
+    method: str = ""  # resolved to the first that is known
     label: str = ""
     seed: int = 0
     options: dict[str, Any] = field(default_factory=dict)
@@ -181,6 +197,9 @@ class RunConfig:
     heldout: HeldoutConfig = field(default_factory=HeldoutConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     system: SystemConfig = field(default_factory=SystemConfig)
+
+    def __post_init__(self) -> None:
+        _between("seed", self.seed, 0, MAX_SEED)
 
     @property
     def scientific(self) -> dict[str, Any]:
@@ -195,80 +214,9 @@ class RunConfig:
         return str(OmegaConf.to_yaml(OmegaConf.create(asdict(self))))
 
 
-def resolve(tree: Mapping[str, Any], overrides: Iterable[str], methods: Mapping[str, Mapping[str, Any]]) -> RunConfig:
-    """A configuration from a tree (as read from YAML) and `key=value` overrides, with all defaults filled in.
-
-    `methods` gives the name -> {option: default} of every method. Raises ValueError in one sentence for an unknown
-    key, a value of the wrong type or one that is not allowed.
-    """
-    merged = _merge(OmegaConf.create(dict(tree)), OmegaConf.create({}))
-    for override in overrides:
-        merged = _merge(merged, _override(override))
-    name = merged.get("method", RunConfig.method)
-    if name not in methods:
-        raise ValueError(f"method {name!r} is not known: choose one of {', '.join(methods)}")
-    given = merged.get("options")
-    if given is not None and not isinstance(given, DictConfig):
-        raise ValueError(f"options is {given!r}: give a mapping, or set single ones with options.NAME=VALUE")
-    merged.options = _typed_options(name, methods[name], given or {})
-    config = _merge(OmegaConf.structured(RunConfig), merged)
-    try:
-        resolved = OmegaConf.to_object(config)
-    except OmegaConfBaseException as error:
-        raise ValueError(_one_sentence(error)) from None
-    assert isinstance(resolved, RunConfig)
-    return resolved
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The tree in a YAML file; ValueError in one sentence if it is missing or is no YAML mapping."""
-    try:
-        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except FileNotFoundError:
-        raise ValueError(f"there is no file {path}: check the path") from None
-    except Exception as error:  # yaml, OmegaConf and decoding errors share no base class
-        raise ValueError(f"{path} cannot be read as YAML ({_one_sentence(error)}): mend or replace it") from None
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path} holds a {type(tree).__name__}, not a mapping of keys to values")
-    return {str(key): value for key, value in tree.items()}
-
-
 def content_hash(value: Any, length: int = 10) -> str:
     """A short SHA-256 of a JSON-able value, independent of key order."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:length]
-
-
-def _override(text: str) -> Any:
-    if "=" not in text or text.startswith("="):
-        raise ValueError(f"override {text!r} is not of the form key=value, for example train.lr=1e-3")
-    try:
-        return OmegaConf.from_dotlist([text])
-    except Exception as error:  # OmegaConf lets the YAML parser's errors through
-        raise ValueError(f"override {text!r} cannot be read ({_one_sentence(error)})") from None
-
-
-def _merge(base: Any, other: Any) -> Any:
-    try:
-        return OmegaConf.merge(base, other)
-    except OmegaConfBaseException as error:
-        raise ValueError(_one_sentence(error)) from None
-
-
-def _typed_options(method: str, defaults: Mapping[str, Any], given: Any) -> dict[str, Any]:
-    unknown = sorted(set(given) - set(defaults))
-    if unknown:
-        allowed = ", ".join(defaults) or "none"
-        raise ValueError(f"method {method!r} has no option {', '.join(unknown)}: its options are {allowed}")
-    schema = make_dataclass("Options", [(key, type(value), value) for key, value in defaults.items()])
-    merged = _merge(OmegaConf.structured(schema), given)
-    return {str(key): value for key, value in dict(merged).items()}
-
-
-def _one_sentence(error: Exception) -> str:
-    """OmegaConf's first line, with the full key, in place of its listing."""
-    lines = str(error).splitlines() or [type(error).__name__]
-    key = next((line.split(":", 1)[1].strip() for line in lines if line.strip().startswith("full_key:")), "")
-    return f"configuration key {key}: {lines[0]}" if key else lines[0]
 
 
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -276,6 +224,7 @@ def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}: choose one of {', '.join(allowed)}")
 
 
-def _at_least(name: str, value: int, low: int) -> None:
-    if value < low:
-        raise ValueError(f"{name} is {value}: it must be at least {low}")
+def _between(name: str, value: float, low: float, high: float = math.inf) -> None:
+    if not low <= value <= high:
+        allowed = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+        raise ValueError(f"{name} is {value}: choose a value {allowed}")

@@ -1,107 +1,137 @@
-"""How does a suite become a table and figures on one machine? What `tsbench demo` does."""
+"""How does a suite become finished runs on one machine? What `tsbench demo` does."""
 
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bench import job
 from bench.config import RunConfig
 from bench.data import load_data
-from bench.evaluate import floor_scores, protocol_of
+from bench.evaluate import EvalProtocol, floor_scores, protocol_of
 from bench.files import read_json, write_json_atomically
-from bench.flops import measure
-from bench.runs import run_state
+from bench.run_folder import locked
 from bench.suite import suite_configs
 from slurm.local import Job, run_side_by_side
 
+SPENT = {"images": "images_seen", "train_flops": "train_flops", "device_seconds": "device_seconds"}  # unit: in progress.json
 
-def run_suite(suite: dict[str, Any], out: Path, overrides: list[str], workers: int, console: Console) -> dict[str, str]:
-    """Train and score every run of a suite that is not done already; run -> cause for those that failed."""
+
+@dataclass(frozen=True)
+class Plan:
+    """The runs of a suite in a folder. Making one writes nothing and refuses what is not allowed."""
+
+    out: Path
+    configs: tuple[RunConfig, ...]
+    step_flops: tuple[float, ...]  # of each run: the costliest starts first
+    protocol: EvalProtocol  # of the first run: what the floor is measured by
+
+    @property
+    def folders(self) -> list[Path]:
+        return [self.out / "runs" / config.run_id for config in self.configs]
+
+    @property
+    def protocol_hash(self) -> str:
+        return self.protocol.hash
+
+
+def make_plan(suite: dict[str, Any], out: Path, overrides: list[str]) -> Plan:
+    """ValueError in one sentence if a run of the suite is not possible."""
     configs = suite_configs(suite, overrides, job.make_config)
-    write_floor(configs, out)
-    jobs = []
-    for config in configs:
-        folder = out / "runs" / config.run_id
-        with job.locked(folder):
+    step_flops = tuple(job.check(config).train_flops(config.train.batch_size) for config in configs)
+    return Plan(out, tuple(configs), step_flops, protocol_of(configs[0].evaluation, load_data(configs[0].data)))
+
+
+def run_plan(plan: Plan, workers: int, console: Console) -> dict[str, str]:
+    """Train and score every run that is not done already; run -> cause for those that failed."""
+    write_floor(plan)
+    jobs, num_reused = [], 0
+    for config, folder, flops in zip(plan.configs, plan.folders, plan.step_flops, strict=True):
+        if job.is_scored(config, folder):
+            num_reused += 1
+            continue
+        with locked(folder):
             job.prepare_folder(config, folder)
-        data = load_data(config.data)
-        image_shape = (data.channels, data.input_size, data.input_size)
-        cost = measure(job.build_method(config, data), image_shape, data.num_classes)
-        label = config.label or config.method
-        jobs.append(Job(folder, label, config.train.threads, cost.train_flops(config.train.batch_size)))
-    reused = [each for each in jobs if run_state(each.folder) == "done"]
-    if reused:
-        console.print(f"{len(reused)} of {len(jobs)} runs are done already and are used as they are (--fresh starts over).")
-    return run_side_by_side(jobs, workers, Watch(configs, jobs, console))
+        jobs.append(Job(folder, config.label or config.method, config.train.threads, flops))
+    if num_reused:
+        console.print(f"{num_reused} of {len(plan.configs)} runs are done and are used as they are (--fresh starts over).")
+    with Watch(plan.configs, jobs, console) as watch:
+        return run_side_by_side(jobs, workers, watch)
 
 
-def write_floor(configs: list[RunConfig], out: Path) -> None:
-    """`floor.json`: real data against real data, under the protocol of the suite's first run."""
-    data = load_data(configs[0].data)
-    protocol = protocol_of(configs[0].evaluation, data)
-    if read_json(out / "floor.json", dict).get("protocol_hash") == protocol.hash:
+def write_floor(plan: Plan) -> None:
+    """`floor.json`: real data against real data."""
+    path, protocol = plan.out / "floor.json", plan.protocol
+    if read_json(path, dict).get("protocol_hash") == protocol.hash:
         return
-    metrics = floor_scores(protocol, data)
+    metrics = floor_scores(protocol, load_data(plan.configs[0].data))
+    plan.out.mkdir(parents=True, exist_ok=True)
     record = {"protocol_hash": protocol.hash, "protocol": protocol.content, "n": protocol.num_samples, "metrics": metrics}
-    out.mkdir(parents=True, exist_ok=True)
-    write_json_atomically(out / "floor.json", record)
+    write_json_atomically(path, record)
 
 
 class Watch:
-    """Shows a bar per run on a terminal; elsewhere one line when a run is done."""
+    """Shows a bar per run on a terminal; elsewhere one line when a run is done. Use as a context, call with the jobs."""
 
-    def __init__(self, configs: list[RunConfig], jobs: list[Job], console: Console) -> None:
+    def __init__(self, configs: tuple[RunConfig, ...], jobs: list[Job], console: Console) -> None:
         self.console = console
         columns = (
             TextColumn("{task.description:<14}"),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f}%  {task.fields[state]:<8}"),
         )
-        self.bars = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
-        budgets = {config.run_id: config.budget.amount for config in configs}
-        self.tasks: dict[str, TaskID] = {}
-        for each in jobs:
-            total = budgets[each.folder.name]
-            self.tasks[each.folder.name] = self.bars.add_task(each.label, total=total, start=False, state="waiting")
-        self.announced: set[str] = {each.folder.name for each in jobs if run_state(each.folder) == "done"}
-        self.live = Live(self.bars, console=console, refresh_per_second=2) if console.is_terminal else None
-        if self.live:
-            self.live.start()
+        times = (TimeElapsedColumn(), TimeRemainingColumn())
+        self.bars = Progress(*columns, *times, console=console, refresh_per_second=2, disable=not console.is_terminal)
+        budgets = {config.run_id: config.budget for config in configs}
+        self.budgets = {each.folder.name: budgets[each.folder.name] for each in jobs}
+        self.tasks: dict[str, TaskID] = {
+            each.folder.name: self.bars.add_task(each.label, total=1.0, start=False, state="waiting") for each in jobs
+        }
+        self.announced: set[str] = set()
 
     def __call__(self, jobs: list[Job]) -> None:
         for each in jobs:
             name, task = each.folder.name, self.tasks[each.folder.name]
             if each.running and not self.bars.tasks[task].started:
                 self.bars.start_task(task)
-            state = "training" if each.running else "waiting"
-            if each.finished:
+            budget = self.budgets[name]
+            spent = each.progress().get(SPENT[budget.unit], 0) / budget.amount
+            state = "waiting"
+            if each.running:
+                state = "scoring" if spent >= 1 else "training"
+            elif each.finished:
                 state = "failed" if each.failure() else "done"
-            seen = each.images_seen()
-            total = self.bars.tasks[task].total or 1
-            if each.running and seen >= total:
-                state = "scoring"
-            self.bars.update(task, completed=seen, state=state)
+                self.bars.stop_task(task)
+            self.bars.update(task, completed=min(spent, 1.0), state=state)
             if each.finished and name not in self.announced:
                 self.announced.add(name)
-                if not self.live:
+                if not self.console.is_terminal:
                     self.console.print(f"{each.label}: {state}")
-        if self.live and not any(each.running for each in jobs) and all(each.finished for each in jobs):
-            self.live.stop()
+
+    def __enter__(self) -> "Watch":
+        self.bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.bars.stop()
 
 
-def start_over(out: Path) -> None:
-    """Remove what an earlier demo wrote, and nothing else."""
-    for name in ("runs", "figures"):
-        shutil.rmtree(out / name, ignore_errors=True)
-    for name in ("results.csv", "table.md", "table.tex", "floor.json"):
-        (out / name).unlink(missing_ok=True)
+def start_over(plan: Plan) -> None:
+    """Remove the plan's runs, and no other files; ValueError if one of them is being worked on."""
+    there = [folder for folder in plan.folders if (folder / "config.yaml").exists()]
+    for folder in there:
+        with locked(folder):
+            pass
+    for folder in there:
+        shutil.rmtree(folder)
 
 
 def default_workers(threads: int) -> int:
     """As many runs at once as this process has processors for."""
-    return max(1, len(os.sched_getaffinity(0)) // threads)
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, processors // threads)

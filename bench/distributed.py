@@ -41,6 +41,22 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def mean(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Each scalar's mean over ranks, on every rank, in one message."""
+        if self.size == 1:
+            return values
+        together = torch.stack([value.float() for value in values.values()])
+        dist.all_reduce(together)
+        return dict(zip(values, (together / self.size).unbind(), strict=True))
+
+    def gather(self, part: Tensor) -> Tensor:
+        """The parts (n, ...) of all ranks, in their order, as one tensor (size * n, ...) on every rank."""
+        if self.size == 1:
+            return part
+        parts = [torch.empty_like(part) for _ in range(self.size)]
+        dist.all_gather(parts, part.contiguous())
+        return torch.cat(parts)
+
     def average_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
         """Replace each gradient by its mean over ranks, in one message per dtype.
 
@@ -65,6 +81,14 @@ class World:
         answer = torch.tensor(int(value), device=device)
         dist.broadcast(answer, src=0)
         return bool(answer)
+
+    def agree(self, number: float, device: torch.device) -> float:
+        """Rank 0's number, on every rank."""
+        if self.size == 1:
+            return number
+        answer = torch.tensor(number, dtype=torch.float64, device=device)
+        dist.broadcast(answer, src=0)
+        return float(answer)
 
     def share_block(self, block: Tensor, owner: int) -> Tensor:
         """A tensor that rank `owner` computed, on every rank; the others pass an empty one of the same shape."""

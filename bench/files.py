@@ -5,6 +5,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
 
 def write_text_atomically(path: Path, text: str) -> None:
     """Write a file under a temporary name, flush it to disk and rename it: a reader sees all of it or what was there before."""
@@ -41,6 +45,21 @@ def read_json(path: Path, kind: type) -> Any:
     if not isinstance(value, kind):
         raise ValueError(f"{path} holds a {type(value).__name__}, not a {kind.__name__}: delete it and run this again")
     return value
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The tree in a YAML file; ValueError in one sentence if it is missing or is no YAML mapping."""
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except FileNotFoundError:
+        raise ValueError(f"there is no file {path}: check the path") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror or error}): check the path") from None
+    except (YAMLError, OmegaConfBaseException, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as YAML ({str(error).splitlines()[0]}): mend or replace it") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} holds a {type(tree).__name__}: give a mapping of keys to values")
+    return {str(key): value for key, value in tree.items()}
 
 
 def read_text(path: Path) -> str:

@@ -43,17 +43,17 @@ def measure(method: Method, image_shape: tuple[int, int, int], num_classes: int)
     """The cost of a method on images (C, H, W), averaged over its intervals by length."""
     twin = copy.deepcopy(method).to("meta")
     chosen = _spread(twin.intervals)
-    weights = [interval.length / sum(i.length for i in chosen) for interval in chosen]
-    fixed = per_image = forward = 0.0
-    for interval, weight in zip(chosen, weights, strict=True):
+    fixed = per_image = forward = 0.0  # times the length of the intervals: sums of whole numbers, so that equals stay equal
+    for interval in chosen:
         step = [_count_training(twin, interval, image_shape, batch) for batch in BATCHES]
         slope = (step[1] - step[0]) / (BATCHES[1] - BATCHES[0])
-        fixed += weight * (step[0] - slope * BATCHES[0])
-        per_image += weight * slope
+        fixed += interval.length * (step[0] - slope * BATCHES[0])
+        per_image += interval.length * slope
         denoiser = twin.specialise(interval)
         evaluation = [_count_evaluation(denoiser, interval, image_shape, batch) for batch in BATCHES]
-        forward += weight * (evaluation[1] - evaluation[0]) / (BATCHES[1] - BATCHES[0])
-    return Cost(fixed, per_image, forward)
+        forward += interval.length * (evaluation[1] - evaluation[0]) / (BATCHES[1] - BATCHES[0])
+    length = sum(interval.length for interval in chosen)
+    return Cost(fixed / length, per_image / length, forward / length)
 
 
 def count_flops(run: Callable[[], Any]) -> int:

@@ -7,6 +7,7 @@ them to its checkpoint, so no line appears twice.
 
 import json
 import math
+import os
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -16,38 +17,53 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench.distributed import World
 from bench.intervals import Interval
 from bench.method import Diagnostics
 from bench.runs import write_json_atomically
 
+SNAPSHOTS = "snapshots/images-*.npz"
+NAMED = 20  # timesteps that a message lists
+
 
 class Diverged(RuntimeError):
-    """A loss is not finite. The message names the term, the step and the timesteps."""
+    """A loss is not finite: which term, at which step, for which timesteps (different ones, ascending)."""
+
+    def __init__(self, term: str, value: float, step: int, timesteps: list[float], whole_batch: bool) -> None:
+        self.term, self.value, self.step, self.timesteps = term, value, step, timesteps
+        listed = ", ".join(f"{t:g}" for t in timesteps[:NAMED])
+        more = f" and {len(timesteps) - NAMED} more" if len(timesteps) > NAMED else ""
+        where = "a batch of timesteps" if whole_batch else "for timesteps"
+        super().__init__(f"loss term {term!r} is {value:g} at step {step}, {where} {listed}{more}")
 
 
 class Record:
-    """One optimiser step, left on the device until it is looked at."""
+    """One optimiser step, left on the device until it is looked at. Losses are those of all ranks, samples this rank's."""
 
     def __init__(self, interval: Interval, step: int, losses: dict[str, Tensor], samples: dict[str, Tensor], t: Tensor) -> None:
         self.interval, self.step, self.losses, self.samples, self.t = interval, step, losses, samples, t
 
-    def check(self) -> None:
-        for name, per_sample in self.samples.items():
+    def check(self, world: World) -> None:
+        """Diverged, with the same message on all ranks, if a number is not finite: the first term with samples that are
+        not names them, anything else (a penalty, the gradient's norm) the whole batch.
+        """
+        unfit = [name for name, loss in self.losses.items() if not torch.isfinite(loss)]
+        if not unfit:
+            return
+        t = world.gather(self.t)
+        for name, own in self.samples.items():
+            per_sample = world.gather(own)
             bad = ~torch.isfinite(per_sample)
             if bad.any():
-                listed = ", ".join(f"{t:g}" for t in self.t[bad].tolist()[:10])
-                raise Diverged(f"loss term {name!r} is {per_sample[bad][0]:g} at step {self.step} for timesteps {listed}")
-        for name, loss in self.losses.items():
-            if not torch.isfinite(loss):
-                listed = ", ".join(f"{t:g}" for t in self.t.tolist()[:10])
-                raise Diverged(f"{name!r} is {loss:g} at step {self.step}, a batch of {len(self.t)} timesteps: {listed} ...")
+                raise Diverged(name, float(per_sample[bad][0]), self.step, t[bad].unique().tolist(), whole_batch=False)
+        raise Diverged(unfit[0], float(self.losses[unfit[0]]), self.step, t.unique().tolist(), whole_batch=True)
 
 
 class Journal:
     """Writes into `folder`; without one, only checks."""
 
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | None, world: World) -> None:
+        self.folder, self.world = folder, world
         self.pending: list[Record] = []
         self.num_checked = 0
 
@@ -57,7 +73,7 @@ class Journal:
     def check_finite(self) -> None:
         """Raise Diverged at the first step since the last check whose numbers are not finite."""
         for record in self.pending[self.num_checked :]:
-            record.check()
+            record.check(self.world)
         self.num_checked = len(self.pending)
 
     def flush(self, place: dict[str, Any], lr: float) -> float:
@@ -90,9 +106,9 @@ class Journal:
     def snapshots(self) -> dict[int, dict[str, np.ndarray]]:
         """Images seen -> arrays by name, oldest first."""
         found: dict[int, dict[str, np.ndarray]] = {}
-        for path in sorted(self.folder.glob("snapshots/images-*.npz")) if self.folder else []:
+        for path in sorted(self.folder.glob(SNAPSHOTS)) if self.folder else []:
             with np.load(path, allow_pickle=False) as arrays:
-                found[int(path.stem.removeprefix("images-"))] = dict(arrays)
+                found[_images_of(path)] = dict(arrays)
         return found
 
     def heartbeat(self, place: dict[str, Any]) -> None:
@@ -105,10 +121,18 @@ class Journal:
         return json.loads(path.read_text()) if path and path.exists() else None
 
     def position(self) -> dict[str, int]:
-        """Where the journal stands, for `rewind`."""
-        path = self.folder / "metrics.jsonl" if self.folder else None
-        latest = max(self.snapshots(), default=-1)
-        return {"metrics_bytes": path.stat().st_size if path and path.exists() else 0, "latest_snapshot": latest}
+        """Where the journal stands, for `rewind`; what was written is on disk, as the checkpoint that holds this will be."""
+        position = {"metrics_bytes": 0, "latest_snapshot": -1}
+        if self.folder is None:
+            return position
+        path = self.folder / "metrics.jsonl"
+        if path.exists():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+                position["metrics_bytes"] = file.seek(0, os.SEEK_END)
+        for snapshot in self.folder.glob(SNAPSHOTS):
+            position["latest_snapshot"] = max(position["latest_snapshot"], _images_of(snapshot))
+        return position
 
     def rewind(self, position: dict[str, int] | None) -> None:
         """Drop what was written after a checkpoint (None: everything)."""
@@ -119,6 +143,10 @@ class Journal:
         if path.exists():
             with open(path, "rb+") as file:
                 file.truncate(position["metrics_bytes"])
-        for snapshot in self.folder.glob("snapshots/images-*.npz"):
-            if int(snapshot.stem.removeprefix("images-")) > position["latest_snapshot"]:
+        for snapshot in self.folder.glob(SNAPSHOTS):
+            if _images_of(snapshot) > position["latest_snapshot"]:
                 snapshot.unlink()
+
+
+def _images_of(snapshot: Path) -> int:
+    return int(snapshot.stem.removeprefix("images-"))

@@ -17,8 +17,8 @@ import pandas as pd
 from bench.arrays import Diagnostic
 from bench.arrays import read_diagnostics as read_diagnostics
 from bench.arrays import read_samples as read_samples
-from bench.config import NOT_SCIENTIFIC, content_hash, read_yaml
-from bench.files import read_json, read_text, write_text_atomically
+from bench.config import NOT_SCIENTIFIC, content_hash
+from bench.files import read_json, read_text, read_yaml, write_text_atomically
 from bench.files import write_json_atomically as write_json_atomically  # offered to those who write run folders
 
 STATES = ("planned", "running", "failed", "diverged", "done")
@@ -46,6 +46,7 @@ class Run:
     """One run folder. A file is read when it is first asked for, and once."""
 
     path: Path
+    protocol_hash: str = ""  # where given (or its beginning), only scores under that protocol count
 
     @property
     def run_id(self) -> str:
@@ -77,7 +78,7 @@ class Run:
         for record in records:
             if not isinstance(record, dict) or not {"protocol_hash", "protocol", "n", "metrics"} <= set(record):
                 raise ValueError(f"{path} holds a record without protocol, n or metrics: delete the file and score the run again")
-        return records
+        return [record for record in records if record["protocol_hash"].startswith(self.protocol_hash)]
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
@@ -119,13 +120,19 @@ def read_run(path: Path) -> Run:
     return Run(path)
 
 
-def find_runs(root: Path) -> list[Run]:
-    """The runs in `root/runs`, or in `root` itself where that does not exist, by name."""
+def find_runs(root: Path, protocol_hash: str = "") -> list[Run]:
+    """The runs in `root/runs`, or in `root` itself where that does not exist, by name, with their scores by that protocol."""
     root = Path(root)
     folder = root / "runs" if (root / "runs").is_dir() else root
     if not folder.is_dir():
         raise ValueError(f"there is no folder {root}: check the path, or train a run first")
-    return [Run(path.parent) for path in sorted(folder.glob("*/config.yaml"))]
+    return [Run(path.parent, protocol_hash) for path in sorted(folder.glob("*/config.yaml"))]
+
+
+def read_all(run: Run) -> None:
+    """Read every file that a figure may need: damage is found before anything is written."""
+    _ = run.state, run.config, run.summary, run.evaluations, run.provenance, run.metrics, run.diagnostics
+    read_samples(run.path)
 
 
 def run_state(path: Path, now: float | None = None) -> str:

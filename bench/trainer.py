@@ -72,10 +72,10 @@ class Trainer:
         self.steps_done = 0
         self.updates = [0] * len(method.intervals)  # optimiser steps of each interval
         self.device_seconds = 0.0  # spent training, over all devices
-        self.lost = {"images": 0, "device_seconds": 0.0}  # work that a crash undid
+        self.lost = {"images": 0, "device_seconds": 0.0}  # work that crashes undid
         self.heldout_points = 0
         self.last_save = time.monotonic()
-        self.journal = Journal(folder if self.world.is_main else None)
+        self.journal = Journal(folder if self.world.is_main else None, self.world)
         self.bar = TrainingBar(config.label or config.method, self.world.is_main)
 
     # One step
@@ -93,6 +93,7 @@ class Trainer:
         losses = {name: torch.stack([part[name] for part, _ in parts]).mean(dim=0) for name in parts[0][0]}
         samples = {name: torch.cat([part[name] for _, part in parts]) for name in parts[0][1]}  # each (B,)
         self.world.average_gradients(self.parameters)
+        losses = self.world.mean(losses)
         losses["grad_norm"] = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         self.journal.record(Record(batch.interval, self.steps_done, losses, samples, batch.t))
         if self.device.type == "cpu":  # elsewhere looking would wait for the device: see `flush`
@@ -136,8 +137,11 @@ class Trainer:
                     self.step(batch.part(self.share))
                 else:
                     self.steps_done += 1
-                self.device_seconds += (time.perf_counter() - started) * self.world.size
-                if self.steps_done % self.config.system.log_every == 0:
+                due = self.steps_done % self.config.system.log_every == 0
+                if due:
+                    self.journal.check_finite()  # on a GPU this waits for the steps so far: part of their time
+                self._count_time(time.perf_counter() - started)
+                if due:
                     self.flush()
                     self.save_if_due()
         self.measure_heldout_if_due()
@@ -157,16 +161,18 @@ class Trainer:
     def train_flops(self) -> float:
         return sum(self.updates) * self.cost.train_flops(self.config.train.batch_size)
 
+    def _count_time(self, seconds: float) -> None:
+        self.device_seconds += seconds * self.world.size
+        if self.budget.num_steps is None:  # the clock decides what comes next: rank 0's, for all
+            self.device_seconds = self.world.agree(self.device_seconds, self.device)
+
     def finished(self) -> bool:
-        if self.budget.num_steps is not None:
-            return self.steps_done >= self.budget.num_steps
-        return self.world.decide(self.spent >= 1, self.device)
+        return self.spent >= 1
 
     def measure_heldout_if_due(self) -> None:
         """The held-out loss at `points` + 1 places, evenly spaced over the budget, the first before any training."""
         points = self.config.heldout.points
-        due = self.spent * points >= self.heldout_points
-        if self.heldout_points > points or not self.world.decide(due, self.device):
+        if self.heldout_points > points or self.spent * points < self.heldout_points:
             return
         self.heldout_points = int(self.spent * points) + 1
         with self.ema.applied():
@@ -183,7 +189,7 @@ class Trainer:
         self.journal.check_finite()
         lr = self.optimizer.param_groups[0]["lr"]
         loss = self.journal.flush(self._place(), lr)
-        self.journal.heartbeat(self._place())
+        self.journal.heartbeat({**self._place(), "lost": self.lost})
         images_per_second = self.images_seen / self.device_seconds if self.device_seconds else 0.0
         self.bar.update(self.spent, images_per_second, loss)
 
@@ -239,9 +245,12 @@ class Trainer:
         self.journal.rewind(found.counters["journal"] if found else None)
         if found:
             self._restore(found)
-        if heartbeat:
-            self.lost["images"] += max(0, heartbeat["images_seen"] - self.images_seen)
-            self.lost["device_seconds"] += max(0.0, heartbeat["device_seconds"] - self.device_seconds)
+        if heartbeat:  # it knows what earlier crashes undid, too; written at once, as the next may come before the next flush
+            images = max(0, heartbeat["images_seen"] - self.images_seen)
+            seconds = max(0.0, heartbeat["device_seconds"] - self.device_seconds)
+            before = heartbeat["lost"]
+            self.lost = {"images": before["images"] + images, "device_seconds": before["device_seconds"] + seconds}
+            self.journal.heartbeat({**self._place(), "lost": self.lost})
 
     def _named_parameters(self) -> dict[str, torch.nn.Parameter]:
         """The method's parameters, and what the loss itself learns."""

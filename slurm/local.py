@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from bench.files import read_json, read_text
 from bench.runs import read_run
@@ -42,8 +43,10 @@ class Job:
     def finished(self) -> bool:
         return self.process is not None and self.process.poll() is not None
 
-    def images_seen(self) -> int:
-        return int(read_json(self.folder / "progress.json", dict).get("images_seen", 0))
+    def progress(self) -> dict[str, Any]:
+        """The run's heartbeat; empty before the first."""
+        progress: dict[str, Any] = read_json(self.folder / "progress.json", dict)
+        return progress
 
     def failure(self) -> str:
         """One sentence on why a finished process left no `done`; empty if it did."""

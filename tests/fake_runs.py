@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.config import BudgetConfig, RunConfig, read_yaml
+from bench.config import BudgetConfig, RunConfig
+from bench.files import read_yaml
 from bench.runs import Run, read_run
 
 SUITE = read_yaml(Path(__file__).parent.parent / "bench" / "suites" / "demo.yaml")

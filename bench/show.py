@@ -1,0 +1,54 @@
+"""How do the runs of a folder become results.csv, tables and figures beside them?"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bench import plots, runs, tables
+
+
+def write_tables(folder: Path, found: Sequence[runs.Run], suite: dict[str, Any], console: Console) -> None:
+    """`results.csv`, `table.md` and `table.tex` from the runs; prints the table."""
+    frame = runs.tidy(found, floor_of(folder, found))
+    table = tables.comparison(frame, suite)
+    tables.write_tables(table, frame, folder)
+    console.print(tables.to_rich(table))
+
+
+def write_figures(folder: Path, found: Sequence[runs.Run], suite: dict[str, Any]) -> list[Path]:
+    """Everything in `figures/`, from the runs; the files written. All is read before anything is written."""
+    floor = floor_of(folder, found)
+    for run in found:
+        runs.read_all(run)
+    tables.shared_protocol(runs.tidy([run for run in found if run.evaluations], floor))
+    return plots.make_figures(found, suite, folder / "figures", floor=floor, real_images=real_images(found[0].config))
+
+
+def find(folder: Path, protocol_hash: str = "") -> list[runs.Run]:
+    """The runs of a folder; ValueError if there is none."""
+    found = runs.find_runs(folder, protocol_hash)
+    if not found:
+        raise ValueError(f"{folder} holds no runs: give a folder in which `tsbench train` or `tsbench demo` has left some")
+    return found
+
+
+def floor_of(folder: Path, found: Sequence[runs.Run]) -> dict[str, Any] | None:
+    """The floor beside the runs; None if it was measured by another protocol than the one that was asked for."""
+    floor = runs.read_floor(folder / "floor.json")
+    return floor if floor and floor["protocol_hash"].startswith(found[0].protocol_hash) else None
+
+
+def real_images(config: dict[str, Any]) -> Any:
+    """Held-out images (n, H, W, C) uint8, image i of class i mod the number of classes; None for data that are not pixels."""
+    import torch
+
+    from bench.config import DataConfig
+    from bench.data import load_data, to_uint8
+
+    data = load_data(DataConfig(**config["data"]))
+    if not data.pixels:
+        return None
+    x, _ = data.heldout.batch(torch.arange(min(len(data.heldout), 100)))
+    return to_uint8(x).permute(0, 2, 3, 1).numpy()
