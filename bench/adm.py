@@ -67,9 +67,12 @@ def write_samples(path: Path, samples: Tensor, labels: Tensor | None = None) -> 
     if labels is not None:
         arrays["arr_1"] = labels.cpu().numpy()
     temporary = path.with_name(f"{path.name}.partial")
-    with temporary.open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _read(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:

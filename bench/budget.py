@@ -26,11 +26,11 @@ class Budget:
         return min(1.0, device_seconds / self.device_seconds)
 
 
-def plan(config: BudgetConfig, cost: Cost, batch_size: int) -> Budget:
+def plan(config: BudgetConfig, cost: Cost, batch_size: int, num_passes: int = 1) -> Budget:
     """Whole steps that come nearest to the budget; ValueError if they miss it by more than 1%."""
     if config.unit == "device_seconds":
         return Budget(None, config.amount)
-    per_step = float(batch_size) if config.unit == "images" else cost.train_flops(batch_size)
+    per_step = float(batch_size) if config.unit == "images" else cost.train_flops(batch_size, num_passes)
     num_steps = max(1, round(config.amount / per_step))
     if abs(num_steps * per_step - config.amount) > 0.01 * config.amount:
         raise ValueError(

@@ -75,15 +75,18 @@ def load(path: Path) -> Checkpoint:
 
 def load_latest(folder: Path) -> Checkpoint | None:
     """The newest sound checkpoint, None if there is none at all; ValueError if there are some and all are damaged."""
-    errors = []
+    errors: list[str] = []
     for path in reversed(list_checkpoints(folder)):
         try:
-            return load(path)
+            found = load(path)
         except ValueError as error:
             errors.append(str(error))
-            warnings.warn(str(error), stacklevel=2)
+            continue
+        for message in errors:
+            warnings.warn(message, stacklevel=2)
+        return found
     if errors:
-        raise ValueError(f"every checkpoint in {folder} is damaged: delete the folder to train from the start ({errors[0]})")
+        raise ValueError(f"every checkpoint in {folder} is damaged: delete that folder to train from the start")
     return None
 
 

@@ -1,9 +1,9 @@
 """What exactly is one run, and what is its name?
 
-A run's configuration is a tree of frozen dataclasses, read by `bench.settings`. Defaults are filled in once, saved and
-hashed: the run id is a hash of everything that can change the trained weights.
-How a run is scored (`evaluation`), where and how often it writes (`system`) and what it is called (`label`) do not
-change the weights and are not part of the id; the scoring has a hash of its own (`bench.evaluate`).
+A run's configuration is a tree of frozen dataclasses, read by `bench.settings`. Defaults are filled in once, saved
+and hashed: the run id is a hash of every setting that can change the trained weights (paths as they are given). How a
+run is scored (`evaluation`), where and how often it writes (`system`) and what it is called (`label`) do not change
+the weights and are not part of the id; the scoring has a hash of its own (`bench.evaluate`).
 """
 
 import hashlib
@@ -96,7 +96,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "micro_batches"):
-            _between(f"train.{name}", getattr(self, name), 1)
+            _between(f"train.{name}", getattr(self, name), 1, 10_000_000)
         _between("train.threads", self.threads, 1, 1024)
         for name in ("lr", "lr_final", "lr_warmup_images", "weight_decay", "ema_half_life_images", "ema_warmup"):
             _between(f"train.{name}", getattr(self, name), 0)
@@ -135,7 +135,7 @@ class HeldoutConfig:
 
     def __post_init__(self) -> None:
         for name in ("bins", "images_per_bin", "points"):
-            _between(f"heldout.{name}", getattr(self, name), 1)
+            _between(f"heldout.{name}", getattr(self, name), 1, 1_000_000)
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class EvaluationConfig:
         _choice("evaluation.sampler", self.sampler, ("ancestral", "ddim", "euler"))
         _choice("evaluation.extractor", self.extractor, ("digits", "inception"))
         for name in ("num_samples", "block_size", "kid_subset_size"):
-            _between(f"evaluation.{name}", getattr(self, name), 1)
+            _between(f"evaluation.{name}", getattr(self, name), 1, 10_000_000)
         for name in ("guidance_scale", "guidance_channels"):
             _between(f"evaluation.{name}", getattr(self, name), 0)
         _between("evaluation.eta", self.eta, 0, 1)

@@ -1,7 +1,6 @@
 """How does a suite become finished runs on one machine? What `tsbench demo` does."""
 
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,8 +13,8 @@ from bench import job
 from bench.config import RunConfig
 from bench.data import load_data
 from bench.evaluate import EvalProtocol, floor_scores, protocol_of
-from bench.files import read_json, write_json_atomically
-from bench.run_folder import locked
+from bench.files import make_folder, read_json, write_json_atomically
+from bench.run_folder import clear, locked
 from bench.suite import suite_configs
 from slurm.local import Job, run_side_by_side
 
@@ -69,8 +68,8 @@ def write_floor(plan: Plan) -> None:
     path, protocol = plan.out / "floor.json", plan.protocol
     if read_json(path, dict).get("protocol_hash") == protocol.hash:
         return
+    make_folder(plan.out)
     metrics = floor_scores(protocol, load_data(plan.configs[0].data))
-    plan.out.mkdir(parents=True, exist_ok=True)
     record = {"protocol_hash": protocol.hash, "protocol": protocol.content, "n": protocol.num_samples, "metrics": metrics}
     write_json_atomically(path, record)
 
@@ -122,13 +121,13 @@ class Watch:
 
 
 def start_over(plan: Plan) -> None:
-    """Remove the plan's runs, and no other files; ValueError if one of them is being worked on."""
-    there = [folder for folder in plan.folders if (folder / "config.yaml").exists()]
+    """Remove what the plan's runs have written, and nothing else; ValueError if one of them is being worked on."""
+    there = [folder for folder in plan.folders if folder.is_dir()]
     for folder in there:
         with locked(folder):
             pass
     for folder in there:
-        shutil.rmtree(folder)
+        clear(folder)
 
 
 def default_workers(threads: int) -> int:

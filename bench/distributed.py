@@ -106,6 +106,8 @@ def world_from_environment(device: torch.device) -> Iterator[World]:
     if size == 1:
         yield World()
         return
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ["RANK"])))
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield World(dist.get_rank(), size)

@@ -33,6 +33,14 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def make_folder(path: Path) -> None:
+    """ValueError in one sentence if it cannot be made."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write to {path} ({error.strerror}): choose a folder that can be written") from None
+
+
 def read_json(path: Path, kind: type) -> Any:
     """A JSON file of a dict or a list; empty if it does not exist."""
     text = read_text(path)
@@ -56,7 +64,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror or error}): check the path") from None
     except (YAMLError, OmegaConfBaseException, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as YAML ({str(error).splitlines()[0]}): mend or replace it") from None
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}: " if mark else ""
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ValueError(f"{path} cannot be read as YAML ({where}{reason}): mend or replace it") from None
     if not isinstance(tree, dict):
         raise ValueError(f"{path} holds a {type(tree).__name__}: give a mapping of keys to values")
     return {str(key): value for key, value in tree.items()}
@@ -65,7 +76,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return ""
     except UnicodeDecodeError:
         raise ValueError(f"{path} is damaged, as it is no UTF-8 text: delete it and run this again") from None

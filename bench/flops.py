@@ -26,13 +26,13 @@ MAX_INTERVALS = 16  # measured, evenly spaced; the experts of a family usually c
 class Cost:
     """FLOPs of training (forward and backward, penalties included) and of one unguided network evaluation for sampling."""
 
-    train_flops_per_step: float  # fixed
+    train_flops_per_pass: float  # fixed: weight mixing, gate tables
     train_flops_per_image: float
     forward_flops_per_image: float
 
-    def train_flops(self, batch_size: int) -> float:
-        """Of one optimiser step on `batch_size` images."""
-        return self.train_flops_per_step + batch_size * self.train_flops_per_image
+    def train_flops(self, batch_size: int, num_passes: int = 1) -> float:
+        """Of one optimiser step on `batch_size` images in `num_passes` forward passes (micro-batches times ranks)."""
+        return num_passes * self.train_flops_per_pass + batch_size * self.train_flops_per_image
 
     @property
     def forward_macs_per_image(self) -> float:
@@ -52,6 +52,7 @@ def measure(method: Method, image_shape: tuple[int, int, int], num_classes: int)
         denoiser = twin.specialise(interval)
         evaluation = [_count_evaluation(denoiser, interval, image_shape, batch) for batch in BATCHES]
         forward += interval.length * (evaluation[1] - evaluation[0]) / (BATCHES[1] - BATCHES[0])
+        del denoiser  # before the next one is made
     length = sum(interval.length for interval in chosen)
     return Cost(fixed / length, per_image / length, forward / length)
 

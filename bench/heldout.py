@@ -64,6 +64,7 @@ def heldout_losses(method: Method, objective: Objective, held: HeldoutSet, world
             x_t = objective.noised(batch.x0, batch.t, batch.noise)
             terms = objective.terms(denoiser(x_t, batch.t, batch.y), x_t, batch)
             losses[block] = next(iter(terms.values())).double().cpu()
+        del denoiser  # before the next one is made
     losses = world.sum(losses.to(device)).cpu()
     return [float(losses[(held.timestep >= b.start) & (held.timestep < b.stop)].mean()) for b in held.bins]
 

@@ -46,12 +46,12 @@ def interval_of(t: int, intervals: tuple[Interval, ...]) -> Interval:
 
 
 def interval_at_step(step: int, intervals: tuple[Interval, ...], seed: int) -> Interval:
-    """The interval that optimiser step `step` (from 0) trains: seeded shuffled cycles of E steps.
+    """The interval that optimiser step `step` (from 0) trains: seeded shuffled cycles of as many steps as intervals.
 
-    Each cycle is a systematic sample of the timesteps (positions `(j + offset) * T / E`), shuffled. Intervals of equal
-    length appear exactly once a cycle, so their counts never differ by more than one; otherwise the offset moves along
-    a low-discrepancy sequence and counts stay in proportion to length. Every method then sees the same marginal over t.
-    The answer depends on (step, seed) alone, so an expert trained in a job of its own sees the same steps.
+    Of a `partition` each interval appears once a cycle, so counts never differ by more than one (where E does not divide
+    T, the timesteps of intervals that are shorter by one come up that much more often). Intervals of other lengths are
+    drawn in proportion to them. The answer depends on (step, seed) alone, so an expert trained in a job of its own sees
+    the same steps.
     """
     cycle, place = divmod(step, len(intervals))
     return intervals[_cycle(cycle, tuple(i.stop for i in intervals), seed)[place]]
@@ -67,15 +67,21 @@ def steps_per_interval(num_steps: int, intervals: tuple[Interval, ...], seed: in
 
 @lru_cache(maxsize=8)
 def _cycle(cycle: int, stops: tuple[int, ...], seed: int) -> tuple[int, ...]:
-    count, num_timesteps = len(stops), stops[-1]
-    offset = _van_der_corput(cycle)
-    order, index = [], 0
-    for j in range(count):
-        while (j + offset) * num_timesteps / count >= stops[index]:
-            index += 1
-        order.append(index)
+    lengths = [stop - start for start, stop in zip((0, *stops), stops, strict=False)]
+    equal = max(lengths) - min(lengths) <= 1
+    order = list(range(len(stops))) if equal else _systematic_sample(stops, _van_der_corput(cycle))
     random.Random(f"{seed}/interval cycle/{cycle}").shuffle(order)
     return tuple(order)
+
+
+def _systematic_sample(stops: tuple[int, ...], offset: float) -> list[int]:
+    """The intervals at the evenly spaced positions `(j + offset) * T / E`; offset in [0, 1)."""
+    order, index = [], 0
+    for j in range(len(stops)):
+        while (j + offset) * stops[-1] / len(stops) >= stops[index]:
+            index += 1
+        order.append(index)
+    return order
 
 
 def _van_der_corput(n: int) -> float:

@@ -5,6 +5,8 @@ its last checkpoint when the same command is given again.
 """
 
 import time
+import warnings
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from bench.flops import Cost
 from bench.heldout import heldout_losses
 from bench.journal import Diverged
 from bench.method import Method, load_exactly
-from bench.provenance import provenance
+from bench.provenance import code_hash, provenance
 from bench.run_folder import leave_cause, locked, read_back, summary_of, write_diagnostics
 from bench.runs import Run, read_run
 from bench.sample import Sampler, Samples, make_sampler
@@ -32,6 +34,7 @@ from methods.backbone import DiT
 from methods.released import read_weights
 
 PARTS = ("model.", "ema.")  # of a checkpoint: the weights, and the averages to use in their place
+OF_TRAINING, OF_SCORING = ("summary.json", "diagnostics.npz"), ("provenance.json", "samples.npz")
 OPTIONS = {name: option_defaults(method) for name, method in METHODS.items()}
 
 
@@ -96,15 +99,16 @@ def run(config: RunConfig, folder: Path, world: World | None = None) -> None:
     if world.decide(_is_scored(folder, protocol), device):
         return
     trainer = Trainer(method, config, data, folder, world)
-    if not world.is_main:  # takes its part in what the ranks do together; rank 0 writes
-        trainer.fit()
-        with trainer.ema.applied():
-            _sample(trainer, sampler)
-        return
-    with locked(folder):
-        trained = (folder / "done").exists()
-        prepare_folder(config, folder, world.size)
-        (folder / "failure.json").unlink(missing_ok=True)
+    with ExitStack() as held:
+        refusal = _begin(config, folder, world, held) if world.is_main else None
+        if not world.decide(refusal is None, device):  # no rank waits for one that has given up
+            raise refusal or ValueError(f"rank 0 cannot begin run {folder.name}: see its message")
+        trained = _is_trained(folder)
+        if not world.is_main:  # takes its part in what the ranks do together; rank 0 writes
+            trainer.restore() if trained else trainer.fit()
+            with trainer.ema.applied():
+                _sample(trainer, sampler)
+            return
         try:
             if trained:
                 trainer.restore()
@@ -128,6 +132,17 @@ def run(config: RunConfig, folder: Path, world: World | None = None) -> None:
             raise
 
 
+def _begin(config: RunConfig, folder: Path, world: World, held: ExitStack) -> ValueError | None:
+    """Hold and prepare the run folder until `held` ends; what stands in the way, if anything."""
+    try:
+        held.enter_context(locked(folder))
+        prepare_folder(config, folder, world.size)
+        (folder / "failure.json").unlink(missing_ok=True)
+    except ValueError as error:
+        return error
+    return None
+
+
 def check(config: RunConfig) -> Cost:
     """What training costs; ValueError in one sentence for what cannot be run here. Writes nothing."""
     find_device(config.system.device)
@@ -143,8 +158,13 @@ def is_scored(config: RunConfig, folder: Path) -> bool:
 
 
 def _is_scored(folder: Path, protocol: EvalProtocol) -> bool:
-    records = Run(folder).evaluations
-    return (folder / "done").exists() and any(record["protocol_hash"] == protocol.hash for record in records)
+    hashes = [record["protocol_hash"] for record in Run(folder).evaluations]
+    return _is_trained(folder) and protocol.hash in hashes and all((folder / name).exists() for name in OF_SCORING)
+
+
+def _is_trained(folder: Path) -> bool:
+    """Trained to the end. What was damaged and therefore deleted is made anew."""
+    return all((folder / name).exists() for name in ("done", *OF_TRAINING))
 
 
 def prepare_folder(config: RunConfig, folder: Path, world_size: int = 1) -> None:
@@ -158,10 +178,23 @@ def prepare_folder(config: RunConfig, folder: Path, world_size: int = 1) -> None
         for leftover in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
             leftover.unlink()
         write_text_atomically(folder / "config.yaml", config.to_yaml())
-        where = provenance(config.system.device, config.train.threads, world_size)
-        write_json_atomically(folder / "provenance.json", where)
+        if not ((folder / "done").exists() and (folder / "provenance.json").exists()):
+            write_json_atomically(folder / "provenance.json", _add_session(folder, config, world_size))
     except OSError as error:
         raise ValueError(f"cannot write to {folder} ({error.strerror}): choose a folder that can be written") from None
+
+
+def _add_session(folder: Path, config: RunConfig, world_size: int) -> dict[str, Any]:
+    """The provenance of this process, with all sessions whose work the run's checkpoints hold."""
+    now = provenance(config.system.device, config.train.threads, world_size)
+    begun = any((folder / "checkpoints").glob("step-*"))
+    before = Run(folder).provenance.get("sessions", []) if begun else []
+    session = {key: now[key] for key in ("started", "commit", "dirty", "code_hash", "host", "device", "world_size", "command")}
+    hashes = list(dict.fromkeys(each["code_hash"] for each in [*before, session]))
+    if len(hashes) > 1:
+        others = ", ".join(hashes[:-1])
+        warnings.warn(f"run {folder.name} was begun by other code ({others}) and goes on with {hashes[-1]}", stacklevel=2)
+    return {**now, "code_hash": "+".join(hashes), "sessions": [*before, session]}
 
 
 def load_trained(folder: Path, overrides: list[str] | None = None) -> tuple[RunConfig, DataSource, Method]:
@@ -182,7 +215,7 @@ def evaluate_again(folder: Path, overrides: list[str]) -> dict[str, Any]:
     """Sample and score a trained run under changed `evaluation` settings; the record is added to its `eval.json`."""
     config = read_config(folder, overrides)
     find_device(config.system.device)
-    if not (folder / "done").exists():
+    if not _is_trained(folder):
         raise ValueError(f"run {folder} is not trained to its end: go on with `tsbench train {folder}`")
     data = load_data(config.data)
     protocol = protocol_of(config.evaluation, data)
@@ -239,6 +272,7 @@ def _score(
         "sample_images_per_second": samples.images_per_second,
         "network_evaluations_per_sample": samples.network_evaluations_per_sample,
         "heldout_loss": heldout_loss,
+        "code_hash": code_hash(),
         "scored": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     others = [other for other in Run(folder).evaluations if other["protocol_hash"] != protocol.hash]

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from bench.distributed import World
+from bench.files import read_json, write_json_atomically
 from bench.intervals import Interval
 from bench.method import Diagnostics
-from bench.runs import write_json_atomically
 
 SNAPSHOTS = "snapshots/images-*.npz"
 NAMED = 20  # timesteps that a message lists
@@ -117,8 +117,7 @@ class Journal:
             write_json_atomically(self.folder / "progress.json", {**place, "time": time.time()})
 
     def last_heartbeat(self) -> dict[str, Any] | None:
-        path = self.folder / "progress.json" if self.folder else None
-        return json.loads(path.read_text()) if path and path.exists() else None
+        return read_json(self.folder / "progress.json", dict) or None if self.folder else None
 
     def position(self) -> dict[str, int]:
         """Where the journal stands, for `rewind`; what was written is on disk, as the checkpoint that holds this will be."""
@@ -135,12 +134,15 @@ class Journal:
         return position
 
     def rewind(self, position: dict[str, int] | None) -> None:
-        """Drop what was written after a checkpoint (None: everything)."""
+        """Drop what was written after a checkpoint (None: everything); ValueError if something from before it is gone."""
         if self.folder is None:
             return
         position = position or {"metrics_bytes": 0, "latest_snapshot": -1}
         path = self.folder / "metrics.jsonl"
-        if path.exists():
+        size = path.stat().st_size if path.exists() else 0
+        if size < position["metrics_bytes"]:
+            raise ValueError(f"{path} lost lines that its checkpoint knows of: delete the run folder to train again")
+        if size:
             with open(path, "rb+") as file:
                 file.truncate(position["metrics_bytes"])
         for snapshot in self.folder.glob(SNAPSHOTS):

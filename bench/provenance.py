@@ -23,6 +23,7 @@ PRESENTATION = {
     "progress",
     "provenance",
     "runs",
+    "show",
     "suite",
     "tables",
 }  # modules of bench that change no number

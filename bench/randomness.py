@@ -47,17 +47,19 @@ def generator(seed: int, *place: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1)
 
 
-def draw_batch(step: int, interval: Interval, config: RunConfig, data: DataSource, progress: float) -> Batch:
-    """The global batch of optimiser step `step` (from 0)."""
+def draw_batch(
+    step: int, interval: Interval, config: RunConfig, data: DataSource, progress: float, rows: slice = slice(None)
+) -> Batch:
+    """Rows of the global batch of optimiser step `step` (from 0), by default all. Only their images are read."""
     count, seed = config.train.batch_size, config.seed
-    x0, y = data.train.batch(image_indices(step, count, len(data.train), seed))
+    x0, y = data.train.batch(image_indices(step, count, len(data.train), seed)[rows])
     if config.data.flip:
-        flipped = torch.rand(count, generator=generator(seed, "flip", step)) < 0.5
+        flipped = torch.rand(count, generator=generator(seed, "flip", step))[rows] < 0.5
         x0 = torch.where(flipped[:, None, None, None], x0.flip(-1), x0)
-    dropped = torch.rand(count, generator=generator(seed, "label dropout", step)) < config.train.label_dropout
+    dropped = torch.rand(count, generator=generator(seed, "label dropout", step))[rows] < config.train.label_dropout
     y = y.masked_fill(dropped, data.num_classes)
-    t = draw_timesteps(step, interval, config)
-    noise = torch.randn(x0.shape, generator=generator(seed, "noise", step))
+    t = draw_timesteps(step, interval, config)[rows]
+    noise = torch.randn((count, *x0.shape[1:]), generator=generator(seed, "noise", step))[rows]
     return Batch(x0, noise, t, y, interval, progress)
 
 

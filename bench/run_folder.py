@@ -17,6 +17,23 @@ from bench.heldout import probe_of
 from bench.runs import read_run, read_samples
 from bench.trainer import Trainer
 
+OWN_JSON = ("provenance.json", "progress.json", "failure.json", "summary.json", "eval.json")
+OWN = (  # patterns of all that a run writes
+    *("config.yaml", *OWN_JSON, "metrics.jsonl", "diagnostics.npz", "samples.npz", "samples.npz.partial", ".*.tmp"),
+    *("log.txt", "lock", "done", "checkpoints/step-*", "snapshots/images-*.npz"),
+)
+
+
+def clear(folder: Path) -> None:
+    """Remove what a run has written; its folders too, unless they hold something else. ValueError while it is worked on."""
+    with locked(folder):
+        for pattern in OWN:
+            for path in folder.glob(pattern):
+                path.unlink()
+    for emptied in (folder / "checkpoints", folder / "snapshots", folder):
+        if emptied.is_dir() and not any(emptied.iterdir()):
+            emptied.rmdir()
+
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:

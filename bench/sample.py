@@ -77,7 +77,7 @@ def make_walk(diffusion: DiffusionConfig, evaluation: EvaluationConfig, model: M
     if (diffusion.objective == "flow") != (evaluation.sampler == "euler"):
         raise ValueError(
             f"evaluation.sampler is {evaluation.sampler!r}, which does not fit diffusion.objective={diffusion.objective}: "
-            "choose ancestral or ddim for noise, euler for flow"
+            "choose ancestral or ddim for noise; for flow euler, with evaluation.steps a plain number"
         )
     return FlowWalk(evaluation) if diffusion.objective == "flow" else DiffusionWalk(diffusion, evaluation, model.learn_sigma)
 
@@ -123,6 +123,7 @@ class Sampler:
                 for place in places:
                     output = self._evaluate(denoiser, x[i], self.walk.times[place], labels[i])
                     x[i] = self.walk.step(place, output, x[i], self._noise(sources[i]).to(device))
+            del denoiser  # before the next one is made
         return [to_uint8(image) for image in x]
 
     def _noise(self, source: torch.Generator) -> Tensor:

@@ -19,7 +19,7 @@ from bench.heldout import heldout_losses, make_heldout_set
 from bench.intervals import interval_at_step
 from bench.journal import Journal, Record
 from bench.learning_rate import lr_factor
-from bench.method import Method
+from bench.method import Method, load_exactly
 from bench.objective import make_objective
 from bench.progress import TrainingBar
 from bench.randomness import Batch, draw_batch
@@ -50,7 +50,8 @@ class Trainer:
         self.objective.module.to(self.device)
         image_shape = (data.channels, data.input_size, data.input_size)
         self.cost = cost or measure_cost(method, image_shape, data.num_classes)
-        self.budget: Budget = plan(config.budget, self.cost, config.train.batch_size)
+        self.num_passes = config.train.micro_batches * self.world.size  # forward passes per step
+        self.budget: Budget = plan(config.budget, self.cost, config.train.batch_size, self.num_passes)
         self.share = self.world.slice_of(config.train.batch_size)
         per_rank = self.share.stop - self.share.start
         if per_rank % config.train.micro_batches:
@@ -133,12 +134,12 @@ class Trainer:
                 started = time.perf_counter()
                 interval = interval_at_step(self.steps_done, self.method.intervals, self.config.seed)
                 if self.experts is None or interval.index in self.experts:
-                    batch = draw_batch(self.steps_done, interval, self.config, self.data, self.spent)
-                    self.step(batch.part(self.share))
+                    batch = draw_batch(self.steps_done, interval, self.config, self.data, self.spent, self.share)
+                    self.step(batch)
                 else:
                     self.steps_done += 1
                 due = self.steps_done % self.config.system.log_every == 0
-                if due:
+                if due or self.heldout_is_due():
                     self.journal.check_finite()  # on a GPU this waits for the steps so far: part of their time
                 self._count_time(time.perf_counter() - started)
                 if due:
@@ -159,7 +160,7 @@ class Trainer:
 
     @property
     def train_flops(self) -> float:
-        return sum(self.updates) * self.cost.train_flops(self.config.train.batch_size)
+        return sum(self.updates) * self.cost.train_flops(self.config.train.batch_size, self.num_passes)
 
     def _count_time(self, seconds: float) -> None:
         self.device_seconds += seconds * self.world.size
@@ -171,10 +172,9 @@ class Trainer:
 
     def measure_heldout_if_due(self) -> None:
         """The held-out loss at `points` + 1 places, evenly spaced over the budget, the first before any training."""
-        points = self.config.heldout.points
-        if self.heldout_points > points or self.spent * points < self.heldout_points:
+        if not self.heldout_is_due():
             return
-        self.heldout_points = int(self.spent * points) + 1
+        self.heldout_points = int(self.spent * self.config.heldout.points) + 1
         with self.ema.applied():
             losses = heldout_losses(self.method, self.objective, self.heldout, self.world, self.device)
             snapshot = self.method.diagnostics() if self.folder else {}
@@ -183,6 +183,10 @@ class Trainer:
             row = {"bin": place.index, "start": place.start, "stop": place.stop, "loss": loss, "n": per_bin}
             self.journal.write({"kind": "heldout", **self._place(), **row})
         self.journal.snapshot(self.images_seen, snapshot)
+
+    def heldout_is_due(self) -> bool:
+        points = self.config.heldout.points
+        return self.heldout_points <= points and self.spent * points >= self.heldout_points
 
     def flush(self) -> None:
         """Write what was recorded since the last time, and refuse to go on with numbers that are not finite."""
@@ -259,7 +263,7 @@ class Trainer:
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:
         tensors, counters = found
-        self.method.load_state_dict(_under("model.", tensors))
+        load_exactly(self.method, _under("model.", tensors), f"the checkpoint in {self.folder}")
         self.objective.module.load_state_dict(_under("objective.", tensors))
         self.ema.load(_under("ema.", tensors), counters["ema_images_seen"])
         states = _under("optimizer.", tensors)

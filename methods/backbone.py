@@ -13,7 +13,7 @@ Deviations: none from the released code. Label dropout is drawn by the trainer (
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -81,8 +81,8 @@ class Shape:
         if letter not in SIZES or not patch.isdigit():
             raise ValueError(f"size {size!r} is not known: give one of {', '.join(SIZES)}, a slash and a patch size")
         depth, width, num_heads = SIZES[letter]
-        named = cls(depth=depth, width=width, num_heads=num_heads, patch_size=int(patch))
-        return replace(named, **dimensions)  # type: ignore[arg-type]
+        named = {"depth": depth, "width": width, "num_heads": num_heads, "patch_size": int(patch)}
+        return cls(**(named | dimensions))  # type: ignore[arg-type]
 
 
 def sincos_positions(width: int, grid: int) -> Tensor:

@@ -218,7 +218,7 @@ def to_theirs(rows: list[Row], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for row in rows:
         if row.ours in ours:
             whole = ours[row.ours].detach()
-            if count[row.ours] > 1:
+            if count[row.ours] > 1 or whole.dim() > len(row.dimensions.split()):  # stacked, be it of one
                 whole = whole.reshape(count[row.ours], -1, whole.shape[-1])[place[row.ours]]
             theirs[row.released] = whole.clone()
             place[row.ours] += 1

@@ -15,7 +15,8 @@ Deviations: the prior weight is annealed linearly from `prior_weight` to 0, as i
 released` is the released code's 2e-4 to 1e-4 (a sign slip), scaled by `prior_weight`. Batches across intervals are
 refused; the released code averages their coefficients. `coefficients: local` (per block) starts all blocks from the
 same drawn logits. With `mixer: raw` the table starts at the softmax of the drawn logits, so that all mixers start
-alike; the prior loss is for `mixer: softmax` only.
+alike; the prior loss is for `mixer: softmax` only. With `mixer: one_hot` all bases are one stacked parameter, so
+AdamW's momentum also moves the bases that a step does not use.
 """
 
 from collections.abc import Mapping

@@ -37,6 +37,7 @@ from bench.method import (
     timestep_index,
 )
 from methods.backbone import Block, DiT, Shape, init_linear
+from methods.grouped import without_autocast
 
 LOG_EPS = 1e-6  # inside the logarithms of the Jensen-Shannon divergence, as released
 
@@ -132,27 +133,31 @@ class SwitchDiT(Method):
         """The unweighted prior loss (scalar) of probabilities (B, L, M) at timesteps t (B,): the gradient flows through
         the probabilities only.
         """
-        matched = self.matched_target()[timestep_index(t, self.num_timesteps)]  # (B, L*M)
+        matched = self.matched_target(t.is_floating_point())[timestep_index(t, self.num_timesteps)]  # (B, L*M)
         target = matched / matched.sum(dim=-1, keepdim=True)
         return jensen_shannon(probabilities.flatten(1) / probabilities.shape[1], target)
 
     @torch.no_grad()
-    def matched_target(self) -> Tensor:
-        """(T, L*M): the target map with its columns assigned to the slots whose present use is nearest in L1."""
-        target = self.target.float()
-        return target[:, match_columns(match_cost(self.all_chosen().flatten(1), target))]
+    def matched_target(self, continuous: bool = False) -> Tensor:
+        """(T, L*M): the target map with its columns assigned to the slots whose present use is nearest in L1.
+
+        In float32 under autocast too: bfloat16 does not hold counts up to T, nor near-ties between experts.
+        """
+        with without_autocast(self.target.device.type):
+            target = self.target.float()
+            return target[:, match_columns(match_cost(self.all_chosen(continuous).flatten(1), target))]
 
     @torch.no_grad()
-    def all_probabilities(self) -> Tensor:
-        """(T, L, M): the gates at every timestep."""
-        device = self.network.positions.device
-        time = self.network.time_embedding(torch.arange(self.num_timesteps, device=device))
+    def all_probabilities(self, continuous: bool = False) -> Tensor:
+        """(T, L, M): the gates at every timestep; with continuous time in (0, 1), at the middles of T equal cells."""
+        index = torch.arange(self.num_timesteps, device=self.network.positions.device)
+        time = self.network.time_embedding((index + 0.5) / self.num_timesteps if continuous else index)
         return torch.stack([block.gate(time)[0] for block in self.network.blocks], dim=1)
 
     @torch.no_grad()
-    def all_chosen(self) -> Tensor:
+    def all_chosen(self, continuous: bool = False) -> Tensor:
         """(T, L, M): 1 where an expert is among the top k of its block, else 0."""
-        return self.network.blocks[0].gate.chosen(self.all_probabilities())
+        return self.network.blocks[0].gate.chosen(self.all_probabilities(continuous))
 
     @torch.no_grad()
     def load_dense(self, state: Mapping[str, Tensor]) -> None:
@@ -170,10 +175,12 @@ class SwitchDiT(Method):
         return super().num_active_parameters() - round(idle * experts)
 
     def diagnostics(self, probe: Probe | None = None) -> Diagnostics:
-        gates = self.all_probabilities() * self.all_chosen()
+        continuous = probe is not None and probe.t.is_floating_point()
+        chosen = self.all_chosen(continuous)
+        gates = self.all_probabilities(continuous) * chosen
         return {
             "routing": (("block", "timestep", "expert"), gates.transpose(0, 1).cpu().numpy()),
-            "expert_usage": (("block", "expert"), self.all_chosen().mean(dim=0).cpu().numpy() / self.top_k),
+            "expert_usage": (("block", "expert"), chosen.mean(dim=0).cpu().numpy() / self.top_k),
         }
 
 

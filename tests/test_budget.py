@@ -1,7 +1,7 @@
 """Does every run get its share and no more: in images, training FLOPs or device-seconds?"""
 
 import pytest
-from training import RUNS, UNMEASURED, crash_after, rows, tiny_config, tiny_data, tiny_trainer
+from training import RUNS, UNMEASURED, crash_after, drawn, rows, tiny_config, tiny_data, tiny_trainer
 
 from bench import trainer
 from bench.budget import plan
@@ -19,8 +19,13 @@ def test_images_are_whole_steps():
 
 
 def test_flops_count_what_a_step_costs_beside_its_images():
-    cost = Cost(train_flops_per_step=200.0, train_flops_per_image=100.0, forward_flops_per_image=30.0)
+    cost = Cost(train_flops_per_pass=200.0, train_flops_per_image=100.0, forward_flops_per_image=30.0)
     assert plan(BudgetConfig("train_flops", 100_000), cost, 8).num_steps == 100
+    assert cost.train_flops(8, num_passes=4) == 1600  # what is paid once per forward pass is paid by each micro-batch
+    cut = tiny_trainer("remix_dit", "train.micro_batches=4", "budget.unit=train_flops", "budget.amount=19200", cost=cost)
+    assert cut.budget.num_steps == 12
+    cut.step(drawn(cut))
+    assert cut.train_flops == 1600
 
 
 @pytest.mark.parametrize(("unit", "amount", "suggested"), [("images", 100, 96), ("images", 3, 8), ("train_flops", 1550, 2000)])

@@ -74,7 +74,7 @@ def test_damage_is_passed_over_with_a_warning(how, tmp_path):
         found = checkpoint.load_latest(tmp_path)
     assert len(warned) == 1 and found.counters == {"steps_done": 1} and torch.equal(found.tensors["weight"], tensors(1)["weight"])
     damage(before, "empty")
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match=f"^every checkpoint in {tmp_path} is damaged: [^\n]*$"):
+    with pytest.raises(ValueError, match=f"^every checkpoint in {tmp_path} is damaged: [^\n]*$"):
         checkpoint.load_latest(tmp_path)
     assert len(checkpoint.list_checkpoints(tmp_path)) == 2  # nothing is removed by reading
 
@@ -146,7 +146,7 @@ class Bomb:
 def test_loading_executes_nothing(tmp_path):
     for step, write in ((1, torch.save), (2, lambda bomb, path: path.write_bytes(pickle.dumps(bomb)))):
         write(Bomb(tmp_path / "exploded"), tmp_path / f"step-{step:09d}.safetensors")
-    with pytest.warns(UserWarning, match="cannot be read"), pytest.raises(ValueError, match="every checkpoint"):
+    with pytest.raises(ValueError, match="every checkpoint"):
         checkpoint.load_latest(tmp_path)
     assert not (tmp_path / "exploded").exists()
     live = (tmp_path / "step-000000001.safetensors").rename(tmp_path / "live.pt")

@@ -34,7 +34,7 @@ def assert_macs(cost, forward: int, train: int, fixed: int) -> None:
     """Forward and training cost of an image, and what a training step costs beside its images."""
     assert cost.forward_macs_per_image == forward
     assert cost.train_flops_per_image == 2 * train
-    assert cost.train_flops_per_step == 2 * fixed
+    assert cost.train_flops_per_pass == 2 * fixed
     assert cost.train_flops(10) == 2 * (10 * train + fixed)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import LAYOUT_OF_GOLDEN, NUM_TIMESTEPS, assert_close, batch, golden_method, golden_state, tiny
+from helpers import LAYOUT_OF_GOLDEN, NUM_TIMESTEPS, TINY, assert_close, batch, golden_method, golden_state, tiny
 from safetensors.torch import save_file
 
 from methods import METHODS
@@ -273,3 +273,11 @@ def test_missing_damaged_and_foreign_files_are_refused(tmp_path):
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
     with pytest.raises(ValueError, match="holds a Tensor"):
         read_weights(tmp_path / "tensor.pt")
+
+
+def test_a_mixture_of_one_expert_round_trips():
+    torch.manual_seed(0)
+    method = METHODS["dit_moe"](TINY, experts=1, top_k=1)
+    again = load_released("dit_moe", to_released(method), num_heads=TINY.num_heads, top_k=1)
+    for name, tensor in method.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name

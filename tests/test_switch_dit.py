@@ -169,3 +169,25 @@ def test_published_sizes_count_the_active_experts(size, millions):
         method = SwitchDiT(Shape.of_size(size))
     assert method.num_active_parameters() / 1e6 == pytest.approx(millions, rel=0.015)
     assert sum(p.numel() for p in method.parameters()) > 1.02 * method.num_active_parameters()
+
+
+def test_the_assignment_is_counted_in_float32_under_autocast():
+    torch.manual_seed(0)
+    method = SwitchDiT(TINY, num_timesteps=1000)
+    for parameter in method.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    plain = method.matched_target()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(method.matched_target(), plain)
+
+
+def test_with_continuous_time_the_prior_looks_at_the_gates_that_the_network_uses():
+    torch.manual_seed(0)
+    method = SwitchDiT(TINY, num_timesteps=100)
+    for parameter in method.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    middles = (torch.arange(100) + 0.5) / 100
+    x, y = torch.randn(100, 2, 4, 4), torch.zeros(100, dtype=torch.int64)
+    _, used = method.denoise_and_route(x, middles, y)
+    torch.testing.assert_close(method.all_probabilities(continuous=True), used, atol=1e-6, rtol=0)
+    assert not torch.allclose(method.all_probabilities(), used, atol=1e-2)

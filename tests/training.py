@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import sys
+import time
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -148,3 +149,15 @@ def start_command(*arguments: str, environment: dict[str, str] | None = None) ->
 def _run_command(arguments: tuple[str, ...], environment: dict[str, str]) -> None:
     os.environ |= environment
     sys.exit(cli.main(list(arguments)))
+
+
+def exit_codes_of(processes: list[multiprocessing.process.BaseProcess], seconds: float) -> list[int | None]:
+    """Wait for all; those that are not done after `seconds` are killed (their code is then that of the signal)."""
+    deadline = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [process.exitcode for process in processes]
