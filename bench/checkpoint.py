@@ -5,6 +5,7 @@ written under a temporary name, flushed and renamed. The last two are kept; a da
 warning. Loading executes nothing.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -31,14 +32,17 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], counters: dict[str
     Ones of later steps go too: the run was resumed from before them, as they were damaged.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob("*.tmp"):  # of a process that was killed while it wrote
+    for leftover in (*folder.glob("*.tmp"), *folder.glob(".tmp*")):  # ours or safetensors', of a process killed while it wrote
         leftover.unlink()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"counters": json.dumps(counters, sort_keys=True), "digest": _digest(tensors, counters)}
     path = folder / f"step-{step:09d}.safetensors"
     temporary = path.with_suffix(".tmp")
     try:
-        save_file(tensors, temporary, metadata)
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:  # its message holds the system's, of a full disk say
+            raise OSError(errno.EIO, str(error), str(temporary)) from None
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -58,11 +58,11 @@ class Method(nn.Module):
         return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": lr}]
 
     def load_dense(self, state: Mapping[str, Tensor]) -> None:
-        """Start from a trained dense backbone, given as its state dict (`Dense(...).network.state_dict()`).
+        """Start from a trained backbone with nothing added, given as its state dict.
 
-        Raises ValueError if the state does not fit, or if this method cannot start from a dense network.
+        Raises ValueError if the state does not fit, or if this method cannot start from such a network.
         """
-        raise ValueError(f"{type(self).__name__} cannot start from a dense network: start it from random weights")
+        raise ValueError(f"{type(self).__name__} cannot start from a plain backbone: start it from random weights")
 
     def num_active_parameters(self) -> int:
         """Parameters that one image passes through at one timestep."""

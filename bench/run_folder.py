@@ -20,7 +20,7 @@ from bench.trainer import Trainer
 OWN_JSON = ("provenance.json", "progress.json", "failure.json", "summary.json", "eval.json")
 OWN = (  # patterns of all that a run writes
     *("config.yaml", *OWN_JSON, "metrics.jsonl", "diagnostics.npz", "samples.npz", "samples.npz.partial", ".*.tmp"),
-    *("log.txt", "lock", "done", "checkpoints/step-*", "snapshots/images-*.npz"),
+    *("log.txt", "lock", "done", "checkpoints/step-*", "checkpoints/.tmp*", "snapshots/images-*.npz"),
 )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from bench import plots, runs, tables
@@ -23,7 +24,8 @@ def write_figures(folder: Path, found: Sequence[runs.Run], suite: dict[str, Any]
     for run in found:
         runs.read_all(run)
     tables.shared_protocol(runs.tidy([run for run in found if run.evaluations], floor))
-    return plots.make_figures(found, suite, folder / "figures", floor=floor, real_images=real_images(found[0].config))
+    images, class_names = real_images(found[0].config)
+    return plots.make_figures(found, suite, folder / "figures", floor=floor, real_images=images, class_names=class_names)
 
 
 def find(folder: Path, protocol_hash: str = "") -> list[runs.Run]:
@@ -40,15 +42,18 @@ def floor_of(folder: Path, found: Sequence[runs.Run]) -> dict[str, Any] | None:
     return floor if floor and floor["protocol_hash"].startswith(found[0].protocol_hash) else None
 
 
-def real_images(config: dict[str, Any]) -> Any:
-    """Held-out images (n, H, W, C) uint8, image i of class i mod the number of classes; None for data that are not pixels."""
+def real_images(config: dict[str, Any]) -> tuple[np.ndarray | None, list[str]]:
+    """Held-out images (n, H, W, C) uint8, image i of class i mod the number of classes, None for data that are not
+    pixels; and the numbers of the classes.
+    """
     import torch
 
     from bench.config import DataConfig
     from bench.data import load_data, to_uint8
 
     data = load_data(DataConfig(**config["data"]))
+    class_names = [str(number) for number in range(data.num_classes)]
     if not data.pixels:
-        return None
+        return None, class_names
     x, _ = data.heldout.batch(torch.arange(min(len(data.heldout), 100)))
-    return to_uint8(x).permute(0, 2, 3, 1).numpy()
+    return to_uint8(x).permute(0, 2, 3, 1).numpy(), class_names

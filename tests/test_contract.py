@@ -284,5 +284,5 @@ def test_dense_weights_that_do_not_fit_are_all_listed(variant):
 
 
 def test_method_without_a_start_from_dense_says_so():
-    with pytest.raises(ValueError, match="cannot start from a dense network"):
+    with pytest.raises(ValueError, match="cannot start from a plain backbone"):
         Method().load_dense({})
