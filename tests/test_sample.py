@@ -1,0 +1,148 @@
+"""Does image i depend on (seed, i) alone, whoever draws it, and is one specialised expert alive at a time?"""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from helpers import randomise
+from training import RUNS, tiny_config, tiny_data
+
+from bench.distributed import World
+from bench.job import build_method
+from bench.sample import Sampler, make_sampler
+
+CPU = torch.device("cpu")
+SAMPLING = ("evaluation.num_samples=11", "evaluation.block_size=4", "evaluation.steps=ddim5")
+
+
+def sampler_and_method(name: str, *settings: str):
+    config, data = tiny_config(name, *SAMPLING, *settings), tiny_data()
+    return make_sampler(config.diffusion, config.evaluation, config.model, data), randomise(build_method(config, data))
+
+
+class Rank(World):
+    """A rank that keeps the blocks it owns and gets the others from where the test put them."""
+
+    def share_block(self, block, owner):
+        blocks = Rank.shared.setdefault(self.size, [])
+        if owner == self.rank:
+            blocks.append(block)
+        return block
+
+
+def drawn_by(sampler: Sampler, method, size: int) -> torch.Tensor:
+    """All images, each block from the rank that owns it."""
+    Rank.shared = {}
+    per_rank = []
+    for rank in range(size):
+        Rank.shared = {}
+        sampler.draw(method, CPU, Rank(rank, size))
+        per_rank.append(list(Rank.shared.get(size, [])))
+    num_blocks = sum(map(len, per_rank))
+    return torch.cat([per_rank[b % size][b // size] for b in range(num_blocks)])[: sampler.evaluation.num_samples]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_bytes_are_equal_for_any_number_of_ranks(name):
+    sampler, method = sampler_and_method(name)
+    alone = sampler.draw(method, CPU).images
+    assert alone.shape == (11, 2, 4, 4) and alone.dtype == torch.uint8
+    assert alone.float().std() > 0
+    for size in (2, 3, 5):
+        assert torch.equal(drawn_by(sampler, method, size), alone)
+
+
+def test_an_image_does_not_depend_on_how_many_are_drawn():
+    few, method = sampler_and_method("remix_dit", "evaluation.num_samples=5")
+    many, _ = sampler_and_method("remix_dit", "evaluation.num_samples=23")
+    assert torch.equal(few.draw(method, CPU).images, many.draw(method, CPU).images[:5])
+
+
+def test_the_seed_and_the_index_change_the_image_and_labels_cycle_through_the_classes():
+    sampler, method = sampler_and_method("dense")
+    other, _ = sampler_and_method("dense", "evaluation.seed=1")
+    samples = sampler.draw(method, CPU)
+    assert not torch.equal(samples.images, other.draw(method, CPU).images)
+    assert samples.labels.tolist() == [i % 3 for i in range(11)]
+    same_label = samples.images[0::3]
+    assert not torch.equal(same_label[0], same_label[1])
+
+
+@pytest.mark.parametrize("name", ["multi_expert", "remix_dit"])
+def test_one_specialised_expert_is_alive_at_a_time(name, monkeypatch):
+    sampler, method = sampler_and_method(name, "options.experts=4")
+    alive: weakref.WeakSet = weakref.WeakSet()
+    most, made = 0, []
+    specialise = method.specialise
+
+    class Watched:
+        def __init__(self, denoiser):
+            self.denoiser = denoiser
+
+        def __call__(self, *inputs):
+            return self.denoiser(*inputs)
+
+    def watched(interval):
+        nonlocal most
+        gc.collect()
+        most = max(most, len(alive) + 1)
+        made.append(interval.index)
+        denoiser = Watched(specialise(interval))
+        alive.add(denoiser)
+        return denoiser
+
+    monkeypatch.setattr(method, "specialise", watched)
+    sampler.draw(method, CPU)
+    assert made == [3, 2, 1, 0]  # from noise to image, each once
+    assert most == 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("evaluation.sampler=ddim",),
+        ("evaluation.sampler=ddim", "evaluation.eta=0.5"),
+        ("evaluation.steps=2,3",),
+        ("model.learn_sigma=false",),
+        ("diffusion.objective=flow", "evaluation.sampler=euler", "evaluation.steps=4"),
+    ],
+    ids=" ".join,
+)
+def test_every_sampler_draws(settings):
+    sampler, method = sampler_and_method("dtr", *settings)
+    samples = sampler.draw(method, CPU)
+    assert samples.images.float().std() > 0
+    assert samples.network_evaluations_per_sample == len(sampler.walk.times)
+    assert torch.equal(samples.images, sampler.draw(method, CPU).images)
+
+
+def test_guidance_of_scale_one_is_none_and_more_changes_the_guided_channels():
+    plain, method = sampler_and_method("dense")
+    outputs = {}
+    for scale, channels in ((1.0, 0), (1.0 + 1e-9, 0), (3.0, 0), (3.0, 1)):
+        sampler, _ = sampler_and_method(
+            "dense", f"evaluation.guidance_scale={scale!r}", f"evaluation.guidance_channels={channels}"
+        )
+        outputs[scale, channels] = sampler.draw(method, CPU)
+    assert torch.equal(outputs[1.0, 0].images, plain.draw(method, CPU).images)
+    near = (outputs[1.0, 0].images.int() - outputs[1.0 + 1e-9, 0].images.int()).abs()
+    assert near.max() <= 1
+    assert not torch.equal(outputs[3.0, 0].images, outputs[1.0, 0].images)
+    assert not torch.equal(outputs[3.0, 0].images, outputs[3.0, 1].images)
+    assert outputs[3.0, 0].network_evaluations_per_sample == 2 * outputs[1.0, 0].network_evaluations_per_sample
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("evaluation.guidance_channels=3",), "guidance_channels is 3"),
+        (("evaluation.sampler=euler",), "does not fit diffusion.objective=noise"),
+        (("diffusion.objective=flow",), "for flow euler"),
+        (("evaluation.steps=ddim17",), "17"),
+        (("evaluation.steps=1000",), "1000"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_drawn(settings, message):
+    with pytest.raises(ValueError, match=message):
+        sampler_and_method("dense", *settings)
