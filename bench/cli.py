@@ -47,6 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
                 raise
             return _refuse(f"there is not enough memory ({_first_line(error)}): {MEMORY}", 2)
         except KeyboardInterrupt:
+            if arguments is None:  # Ctrl-C reaches a child twice, from the terminal and from us: let it end in peace
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
             return _refuse("stopped; the same command goes on from the last checkpoint", 130)
 
 
@@ -203,7 +206,7 @@ def run_demo(parsed: argparse.Namespace) -> int:
     if failures:
         return 1
     found = [run for run in show.find(out, plan.protocol_hash) if run.path in plan.folders]
-    show.write_tables(out, found, suite, console)
+    show.write_tables(out, show.tidy_runs(out, found), suite, console)
     figures = show.write_figures(out, found, suite)
     console.print(f"\nFigures ({len(figures)} files): {out / 'figures'}")
     console.print(f"Tables: {out / 'table.md'}, {out / 'table.tex'}; tidy results: {out / 'results.csv'}")
@@ -279,7 +282,7 @@ def run_collect(parsed: argparse.Namespace) -> int:
 
     found = show.find(parsed.folder)
     path = parsed.folder / "results.csv"
-    runs.write_results(runs.tidy(found, show.floor_of(parsed.folder, found)), path)
+    runs.write_results(show.tidy_runs(parsed.folder, found), path)
     print(path)
     return 0
 
@@ -289,7 +292,7 @@ def run_tables(parsed: argparse.Namespace) -> int:
     from bench.suite import load_suite
 
     suite = load_suite(parsed.suite)
-    show.write_tables(parsed.folder, show.find(parsed.folder, parsed.protocol), suite, Console())
+    show.write_tables(parsed.folder, show.tidy(parsed.folder, parsed.protocol), suite, Console())
     print(f"\n{parsed.folder / 'table.md'}, {parsed.folder / 'table.tex'}")
     return 0
 

@@ -68,8 +68,8 @@ def write_floor(plan: Plan) -> None:
     path, protocol = plan.out / "floor.json", plan.protocol
     if read_json(path, dict).get("protocol_hash") == protocol.hash:
         return
-    make_folder(plan.out)
     metrics = floor_scores(protocol, load_data(plan.configs[0].data))
+    make_folder(plan.out)
     record = {"protocol_hash": protocol.hash, "protocol": protocol.content, "n": protocol.num_samples, "metrics": metrics}
     write_json_atomically(path, record)
 

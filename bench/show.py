@@ -5,14 +5,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from rich.console import Console
 
 from bench import plots, runs, tables
 
 
-def write_tables(folder: Path, found: Sequence[runs.Run], suite: dict[str, Any], console: Console) -> None:
-    """`results.csv`, `table.md` and `table.tex` from the runs; prints the table."""
-    frame = runs.tidy(found, floor_of(folder, found))
+def tidy(folder: Path, protocol_hash: str = "") -> pd.DataFrame:
+    """The tidy results of a folder: from its runs or, where they are not kept, from its `results.csv`."""
+    if (folder / "results.csv").is_file() and not runs.find_runs(folder, protocol_hash):
+        return runs.read_results(folder / "results.csv")
+    return tidy_runs(folder, find(folder, protocol_hash))
+
+
+def tidy_runs(folder: Path, found: Sequence[runs.Run]) -> pd.DataFrame:
+    """The tidy results of these runs, with the folder's floor."""
+    return runs.tidy(found, floor_of(folder, found))
+
+
+def write_tables(folder: Path, frame: pd.DataFrame, suite: dict[str, Any], console: Console) -> None:
+    """`results.csv`, `table.md` and `table.tex` from the tidy results; prints the table."""
     table = tables.comparison(frame, suite)
     tables.write_tables(table, frame, folder)
     console.print(tables.to_rich(table))

@@ -26,9 +26,18 @@ METHODS: dict[str, type[Method]] = {
 
 
 def option_defaults(method: type[Method]) -> dict[str, Any]:
-    """A method's options and their defaults: the keywords of its constructor."""
-    parameters = inspect.signature(method).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "num_timesteps"}
+    """A method's options and their defaults, whose types are the options' types: the keywords of its constructor."""
+    options = {}
+    for parameter in inspect.signature(method).parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.name != "num_timesteps":
+            default = parameter.default
+            if default is parameter.empty or default is None:
+                raise TypeError(
+                    f"option {parameter.name} of {method.__name__} needs a default of its type: int, float, bool or str"
+                )
+            is_float = parameter.annotation in (float, "float") and isinstance(default, int)
+            options[parameter.name] = float(default) if is_float else default  # `gamma: float = 1` takes 0.5 too
+    return options
 
 
 def build(

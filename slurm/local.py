@@ -76,8 +76,9 @@ def run_side_by_side(jobs: list[Job], workers: int, watch: Callable[[list[Job]],
             time.sleep(POLL_SECONDS)
         watch(jobs)
     finally:
-        for job in jobs:
-            if job.running and job.process is not None:
-                job.process.terminate()
-                job.process.wait()
+        left = [job.process for job in jobs if job.running and job.process is not None]
+        for process in left:
+            process.terminate()
+        for process in left:
+            process.wait()
     return {job.folder.name: cause for job in jobs if (cause := job.failure())}

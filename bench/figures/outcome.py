@@ -46,7 +46,7 @@ def fid_vs_flops(material: Material) -> list[Drawn]:
         _scatter(axes, shown, np.stack([points["train_flops"] / divisor, points[metric]], axis=1), floor)
         axes.set_xlabel(f"training compute ({prefix}FLOPs)")
         axes.set_ylabel(f"{title}, lower is better")
-    steps = f", {protocol['steps']} sampling steps" if "steps" in protocol else ""
+    steps = f", sampling steps {protocol['steps']}" if "steps" in protocol else ""
     figure.suptitle(f"Quality against training compute (n = {count}{steps})")
     legend = dict(zip(*reversed(figure.axes[0].get_legend_handles_labels()), strict=True))
     several_seeds = len({each.label for each in shown}) < len(shown)

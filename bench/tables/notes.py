@@ -29,7 +29,7 @@ def describe(frame: pd.DataFrame, suite: Mapping[str, Any], missing: Sequence[st
             "Real data: real images scored against real images, same extractor and n; what a perfect model would get. Not ranked."
         )
     if (runs["metric"] == "kid").any():
-        notes.append("KID is given in units of 10⁻³.")
+        notes.append("KID in units of 10⁻³: an unbiased estimate, so below 0 where two sets are as alike as two real ones.")
     if (runs["metric"] == "nearest_neighbour").any():
         notes.append("Nearest neighbour: mean distance to the nearest training image; less than for real data hints at copying.")
     notes += [_devices(runs), _code(one_row_each)]

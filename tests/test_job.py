@@ -1,0 +1,326 @@
+"""Does a run leave all that it should, go on where it can, and name in one sentence what stands in its way?"""
+
+import errno
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from command import TINY, assert_refused, contents, train, tsbench
+
+from bench import checkpoint, job
+from bench.files import read_json
+from bench.run_folder import clear, locked
+from bench.runs import read_metrics, read_run, read_samples, run_state
+
+SAVE_OFTEN = ("system.log_every=1", "system.checkpoint_every=1")
+LEFT = {
+    *("config.yaml", "provenance.json", "metrics.jsonl", "progress.json", "summary.json", "diagnostics.npz"),
+    *("samples.npz", "eval.json", "done", "lock", "checkpoints"),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, to be copied."""
+    return train(tmp_path_factory.mktemp("trained"), *SAVE_OFTEN)
+
+
+@pytest.fixture
+def folder(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "runs" / trained.name))
+
+
+def unfinished(folder: Path) -> Path:
+    """As if it had been killed after training."""
+    for name in ("done", "eval.json", "samples.npz", "diagnostics.npz", "summary.json"):
+        (folder / name).unlink()
+    return folder
+
+
+def cut_in_half(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def test_a_finished_run_has_left_all_it_should(folder: Path) -> None:
+    assert {path.name for path in folder.iterdir()} == LEFT
+    run = read_run(folder)
+    assert run.state == "done" and not run.failure
+    assert run.summary["images_seen"] == 64 and run.summary["num_steps"] == 2
+    assert run.provenance["threads"] == 1 and run.provenance["world_size"] == 1
+    (record,) = run.evaluations
+    assert record["n"] == record["metrics"]["n"] == 60 and 0 <= record["metrics"]["class_accuracy"] <= 1
+    samples = read_samples(folder)
+    assert samples is not None and samples.shape == (60, 8, 8, 1)
+    assert set(read_metrics(folder)["kind"]) == {"train", "heldout"}
+    assert len(checkpoint.list_checkpoints(folder / "checkpoints")) == 2
+
+
+@pytest.mark.parametrize("missing", ["summary.json", "diagnostics.npz", "samples.npz", "eval.json", "provenance.json"])
+def test_what_is_deleted_of_a_finished_run_is_made_anew(missing: str, folder: Path) -> None:
+    """As the messages about damaged files advise."""
+    before = contents(folder)
+    (folder / missing).unlink()
+    outcome = tsbench("train", folder)
+    assert outcome.code == 0, outcome.err
+    after = contents(folder)
+    assert after.keys() == before.keys() and after["metrics.jsonl"] == before["metrics.jsonl"]
+    assert read_run(folder).evaluations[0]["metrics"] == json.loads(before["eval.json"])[0]["metrics"]
+    assert (folder / "samples.npz").read_bytes() == before["samples.npz"]
+
+
+def test_a_run_that_was_killed_before_scoring_goes_on(folder: Path) -> None:
+    before = contents(folder)
+    outcome = tsbench("train", unfinished(folder))
+    assert outcome.code == 0 and run_state(folder) == "done", outcome.err
+    assert (folder / "samples.npz").read_bytes() == before["samples.npz"]
+    assert (folder / "metrics.jsonl").read_bytes() == before["metrics.jsonl"]
+
+
+def test_other_scoring_of_a_finished_run_adds_a_record_and_trains_nothing(folder: Path) -> None:
+    checkpoints = contents(folder / "checkpoints")
+    assert tsbench("train", folder, "evaluation.seed=5").code == 0
+    assert [record["protocol"]["seed"] for record in read_run(folder).evaluations] == [0, 5]
+    assert contents(folder / "checkpoints") == checkpoints
+
+
+@pytest.mark.parametrize("command", [["sample", "--out", "drawn.npz"], ["evaluate"], ["train"]], ids=lambda command: command[0])
+@pytest.mark.parametrize("setting", ["train.lr=0.5", "method=dtr", "seed=4", "budget.amount=640"])
+def test_what_would_be_another_run_is_refused(command: list[str], setting: str, folder: Path) -> None:
+    before = contents(folder)
+    assert_refused(tsbench(command[0], folder, setting, *command[1:]), setting, "another run", "evaluation.*")
+    assert contents(folder) == before
+
+
+# Damage. What each command does with each file that is cut in half, and the words that name it.
+
+DAMAGED_FOR_A_RUN = {
+    "checkpoints": ("sample", "evaluate", "train"),
+    "config.yaml": ("sample", "evaluate", "train"),
+    "metrics.jsonl": ("train",),
+    "progress.json": ("train",),
+}
+DAMAGED_FOR_A_FOLDER = {
+    "config.yaml": ("collect", "tables", "plots"),
+    "eval.json": ("collect", "tables", "plots"),
+    "summary.json": ("collect", "tables", "plots"),
+    "provenance.json": ("collect", "tables", "plots"),
+    "metrics.jsonl": ("plots",),
+    "samples.npz": ("plots",),
+    "diagnostics.npz": ("plots",),
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "command"), [(file, command) for file, all_of in DAMAGED_FOR_A_RUN.items() for command in all_of]
+)
+def test_damage_is_named_and_the_run_left_as_it_is(file: str, command: str, folder: Path, tmp_path: Path) -> None:
+    if command == "train":
+        unfinished(folder)
+    for path in (folder / file).iterdir() if (folder / file).is_dir() else [folder / file]:
+        cut_in_half(path)
+    before = contents(folder)
+    extra = ["--out", tmp_path / "drawn.npz"] if command == "sample" else []
+    outcome = tsbench(command, folder, *extra)
+    assert_refused(outcome, str(folder / file))
+    after = contents(folder)
+    assert not (tmp_path / "drawn.npz").exists()
+    if after.pop("failure.json", None):  # a run that had begun says why it ended
+        assert read_run(folder).failure in outcome.err and run_state(folder) == "failed"
+    assert {name for name in before if before[name] != after[name]} <= {"provenance.json"} and after.keys() == before.keys()
+
+
+@pytest.mark.parametrize(
+    ("file", "command"), [(file, command) for file, all_of in DAMAGED_FOR_A_FOLDER.items() for command in all_of]
+)
+def test_damage_is_named_before_anything_is_shown(file: str, command: str, folder: Path, tmp_path: Path) -> None:
+    cut_in_half(folder / file)
+    before = contents(tmp_path)
+    assert_refused(tsbench(command, tmp_path), str(folder / file))
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"null", b"\xff\xfe\x00", b'[{"protocol_hash": "x"}]'])
+def test_a_damaged_record_of_scores_is_found_before_scoring_again(content: bytes, folder: Path) -> None:
+    (folder / "eval.json").write_bytes(content)
+    before = contents(folder)
+    outcome = tsbench("evaluate", folder)
+    if content == b"[]":
+        assert outcome.code == 0 and len(read_run(folder).evaluations) == 1
+    else:
+        assert_refused(outcome, str(folder / "eval.json"))
+        assert contents(folder) == before
+
+
+@pytest.mark.parametrize("kept", [0, 5])
+def test_a_configuration_with_missing_settings_is_refused_not_filled_with_defaults(kept: int, folder: Path) -> None:
+    lines = (folder / "config.yaml").read_text().splitlines(keepends=True)
+    without = [line for line in lines if "width:" not in line] if kept else []
+    (folder / "config.yaml").write_text("".join(without))
+    for command in (["sample", "--out", folder / "drawn.npz"], ["evaluate"], ["train"]):
+        before = contents(folder)
+        assert_refused(tsbench(command[0], folder, *command[1:]), "config.yaml", "lacks model.width" if kept else "has no method")
+        assert contents(folder) == before
+
+
+def test_a_checkpoint_of_another_network_is_refused(folder: Path, tmp_path: Path) -> None:
+    other = train(tmp_path / "other", "model.width=32", *SAVE_OFTEN)
+    shutil.rmtree(folder / "checkpoints")
+    shutil.copytree(other / "checkpoints", folder / "checkpoints")
+    for command in (["sample", "--out", tmp_path / "drawn.npz"], ["evaluate"]):
+        outcome = tsbench(command[0], folder, *command[1:])
+        assert outcome.code == 2 and outcome.err.count("\n") == 1
+        assert "does not fit the network" in outcome.err and "misshaped" in outcome.err
+
+
+# Places
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate", "train", "collect", "tables", "plots"])
+@pytest.mark.parametrize("place", ["nowhere", "file", "file/below", "empty"])
+def test_a_place_without_runs_is_named(command: str, place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("- x\n")
+    (tmp_path / "empty").mkdir()
+    before = contents(tmp_path)
+    extra = ["--out", tmp_path / "drawn.npz"] if command == "sample" else []
+    assert_refused(tsbench(command, tmp_path / place, *extra), str(tmp_path / place))
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/nowhere", "/dev/null/below"])
+@pytest.mark.parametrize("command", ["train", "demo"])
+def test_a_place_that_cannot_be_written_is_named(command: str, place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    out = tmp_path / place  # an absolute place stays itself
+    arguments = ["--runs", out] if command == "train" else ["--quick", "--out", out]
+    assert_refused(tsbench(command, *arguments, *TINY), f"cannot write to {out}", "choose a folder that can be written")
+    assert contents(tmp_path) == {"file": b"x"}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("drawn.txt", ("drawn.txt", ".npz or .png")),
+        ("nowhere/drawn.npz", ("nowhere", "create it")),
+        ("file/drawn.png", ("file", "create it")),
+        ("folder.npz", ("folder.npz", "a file")),
+        ("/proc/drawn.npz", ("/proc/drawn.npz",)),
+        ("/proc/drawn.png", ("drawn.png",)),
+    ],
+)
+def test_samples_that_cannot_be_written_are_refused(name: str, words: tuple[str, ...], folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder.npz").mkdir()
+    before = contents(tmp_path)
+    assert_refused(tsbench("sample", folder, "--out", tmp_path / name), *words)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "made"), [("collect", "results.csv"), ("tables", "table.md"), ("tables", "results.csv"), ("plots", "figures")]
+)
+def test_an_output_that_is_a_folder_or_a_file_is_one_sentence(command: str, made: str, folder: Path, tmp_path: Path) -> None:
+    if made == "figures":
+        (tmp_path / made).write_text("a file")
+    else:
+        (tmp_path / made).mkdir()
+    assert_refused(tsbench(command, tmp_path), made)
+
+
+# Others at work, and full disks
+
+
+def test_a_run_that_another_process_holds_is_left_alone(folder: Path) -> None:
+    unfinished(folder)
+    with locked(folder):
+        before = contents(folder)
+        assert_refused(tsbench("train", folder), folder.name, "being worked on by another process")
+        assert contents(folder) == before
+        with pytest.raises(ValueError, match="being worked on"):
+            clear(folder)
+    assert tsbench("train", folder).code == 0
+    with locked(folder):
+        assert_refused(tsbench("evaluate", folder, "evaluation.seed=2"), "being worked on by another process")
+
+
+def full_disk(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device", "the file")
+
+
+def full_disk_of_safetensors(tensors: object, path: Path, *_: object) -> None:
+    path.write_bytes(b"half a check")
+    raise checkpoint.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize("failing", [full_disk, full_disk_of_safetensors])
+def test_a_full_disk_at_a_checkpoint_loses_nothing_but_what_came_after(
+    failing: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longer = ("budget.amount=128", *SAVE_OFTEN)
+    whole = train(tmp_path / "whole", *longer)
+    save_file, num_saved = checkpoint.save_file, 0
+
+    def then_full(*arguments: object) -> None:
+        nonlocal num_saved
+        num_saved += 1
+        (save_file if num_saved < 3 else failing)(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save_file", then_full)
+    assert_refused(tsbench("train", "--runs", tmp_path / "cut", *TINY, *longer), "No space left on device", "make room")
+    (cut,) = (tmp_path / "cut").iterdir()
+    assert [path.stem for path in checkpoint.list_checkpoints(cut / "checkpoints")] == ["step-000000001", "step-000000002"]
+    assert {path.name for path in (cut / "checkpoints").iterdir()} == {"step-000000001.safetensors", "step-000000002.safetensors"}
+    assert run_state(cut) == "failed" and "No space left" in read_run(cut).failure
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    assert tsbench("sample", cut, "--out", tmp_path / "drawn.npz").code == 0
+    assert tsbench("train", cut).code == 0
+    last = [checkpoint.list_checkpoints(run / "checkpoints")[-1] for run in (whole, cut)]
+    one, other = (checkpoint.load(path).tensors for path in last)
+    assert one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
+
+
+@pytest.mark.parametrize("function", ["bench.files.write_bytes_atomically", "bench.adm.write_samples", "bench.journal.open"])
+def test_a_full_disk_anywhere_is_one_sentence(function: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(function, full_disk, raising=False)
+    outcome = tsbench("train", "--runs", tmp_path, *TINY)
+    assert outcome.code == 2 and outcome.err.count("\n") == 1 and "No space left on device" in outcome.err
+    monkeypatch.undo()
+    assert tsbench("train", "--runs", tmp_path, *TINY).code == 0
+
+
+def test_a_loss_that_is_not_finite_is_a_run_that_failed(tmp_path: Path) -> None:
+    assert_refused(tsbench("train", "--runs", tmp_path, *TINY, "train.lr=1e30"), "diverged: loss term 'mse'", "timesteps", code=1)
+    (folder,) = tmp_path.iterdir()
+    assert run_state(folder) == "diverged" and "loss term 'mse'" in read_run(folder).failure
+    assert read_json(folder / "failure.json", dict)["state"] == "diverged"
+
+
+# Small parts
+
+
+def test_a_run_can_start_from_a_finished_one(folder: Path, tmp_path: Path) -> None:
+    for name in ("multi_expert", "remix_dit"):
+        started = train(tmp_path / name, f"method={name}", f"train.init_from={folder}")
+        assert read_run(started).summary["initial_flops"] == read_run(folder).summary["train_flops"]
+    split = next((tmp_path / "multi_expert").iterdir())
+    refused = tsbench("train", "--runs", tmp_path / "no", *TINY, "method=dtr", f"train.init_from={split}")
+    assert_refused(refused, "train.init_from", "no plain backbone")
+    assert not (tmp_path / "no").exists()
+
+
+def test_clearing_a_run_leaves_what_others_put_there(folder: Path) -> None:
+    (folder / "mine.txt").write_text("mine")
+    clear(folder)
+    assert contents(folder) == {"mine.txt": b"mine"}
+    (folder / "mine.txt").unlink()
+    clear(folder)
+    assert not folder.exists()
+
+
+def test_checking_writes_nothing_and_tells_the_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    small, large = (job.check(job.make_config({}, [*TINY, f"model.width={width}"])) for width in (16, 32))
+    assert 0 < small.train_flops(32) < large.train_flops(32)
+    assert not contents(tmp_path)
