@@ -43,7 +43,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "remix_dit raw": ("remix_dit", {"bases": 2, "experts": 3, "mixer": "raw"}),
     "remix_dit one_hot": ("remix_dit", {"bases": 2, "experts": 3, "mixer": "one_hot"}),
 }
-"""Every method at a tiny size, and the options that change what it computes."""
+PUBLISHED = tuple(dict.fromkeys(name for name, _ in VARIANTS.values()))  # the six; METHODS may hold more
+VARIANTS |= {name: (name, {}) for name in METHODS if name not in VARIANTS}
+"""Every method at a tiny size, and the options that change what it computes; a new one with its defaults."""
 
 
 @cache

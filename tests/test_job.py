@@ -189,8 +189,16 @@ def test_a_place_without_runs_is_named(command: str, place: str, tmp_path: Path)
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("place", ["file", "file/below", "/proc/nowhere", "/dev/null/below"])
-@pytest.mark.parametrize("command", ["train", "demo"])
+@pytest.mark.parametrize(
+    ("command", "place"),
+    [
+        ("train", "file"),
+        ("train", "file/below"),
+        ("train", "/proc/nowhere"),
+        ("train", "/dev/null/below"),
+        ("demo", "file/below"),
+    ],
+)
 def test_a_place_that_cannot_be_written_is_named(command: str, place: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     out = tmp_path / place  # an absolute place stays itself

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from training import NUM_TIMESTEPS, RUNS, tiny_config, tiny_data
+from helpers import PUBLISHED
+from training import NUM_TIMESTEPS, tiny_config, tiny_data
 
 from bench.intervals import interval_at_step, partition, steps_per_interval
 from bench.randomness import Batch, draw_batch, generator, image_indices
@@ -46,9 +47,9 @@ def test_all_methods_see_the_same_images_noise_and_labels_and_relative_timesteps
     for step in (0, 7, 31):
         batches = {
             method: draw(step, method, count=count)
-            for method, count in zip(RUNS, (1, 3, 1, 1, 1, 8), strict=True)  # intervals
+            for method, count in zip(PUBLISHED, (1, 3, 1, 1, 1, 8), strict=True)  # intervals
         }
-        assert batches.keys() == RUNS.keys()
+        assert batches.keys() == set(PUBLISHED)
         first = batches["dense"]
         for method, batch in batches.items():
             assert all(equal(first, batch, "x0", "noise", "y")), method

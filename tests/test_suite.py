@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 from command import assert_refused, tsbench
+from helpers import PUBLISHED
 
 from bench.job import make_config
 from bench.suite import FOLDER, load_suite, suite_configs
-from methods import METHODS
 
 SUITE: dict[str, Any] = {
     "base": {"model": {"width": 16, "num_heads": 2}, "train": {"lr": 0.1}},
@@ -21,7 +21,7 @@ SUITE: dict[str, Any] = {
 def test_the_demos_compare_every_method_and_nothing_but_the_method(name: str) -> None:
     suite = load_suite(name)
     configs = suite_configs(suite, [], make_config)
-    assert [config.method for config in configs] == list(METHODS)
+    assert [config.method for config in configs] == list(PUBLISHED)
     assert len({config.run_id for config in configs}) == len(configs) == len({config.label for config in configs})
     same = [{**asdict(config), "method": "", "label": "", "options": {}} for config in configs]
     assert all(settings == same[0] for settings in same)

@@ -22,6 +22,7 @@ from bench.flops import Cost
 from bench.job import build_method, make_config
 from bench.randomness import Batch, draw_batch
 from bench.trainer import Trainer
+from methods import METHODS
 
 RUNS: dict[str, dict[str, Any]] = {
     "dense": {},
@@ -31,7 +32,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "dit_moe": {"experts": 4},
     "remix_dit": {"bases": 2, "experts": 3},
 }
-"""Every method and its options. Three experts do not divide the 40 timesteps."""
+RUNS |= {name: {} for name in METHODS if name not in RUNS}
+"""Every method and its options, a new one with its defaults. Three experts do not divide the 40 timesteps."""
 
 NUM_TIMESTEPS = 40
 SETTINGS = (
