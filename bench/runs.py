@@ -19,7 +19,6 @@ from bench.arrays import read_diagnostics as read_diagnostics
 from bench.arrays import read_samples as read_samples
 from bench.config import NOT_SCIENTIFIC, content_hash
 from bench.files import read_json, read_text, read_yaml, write_text_atomically
-from bench.files import write_json_atomically as write_json_atomically  # offered to those who write run folders
 
 STATES = ("planned", "running", "failed", "diverged", "done")
 HEARTBEAT_FRESH_SECONDS = 300.0

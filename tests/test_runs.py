@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from fake_runs import FLOOR_RECORD, PROTOCOL, SUITE, write, write_fake_run, write_fake_runs
 
+from bench.files import write_json_atomically, write_text_atomically
 from bench.runs import (
     HEARTBEAT_FRESH_SECONDS,
     Run,
@@ -24,9 +25,7 @@ from bench.runs import (
     read_samples,
     run_state,
     tidy,
-    write_json_atomically,
     write_results,
-    write_text_atomically,
 )
 
 SPLIT = SUITE["methods"][1]

@@ -98,7 +98,7 @@ def test_notes_say_what_a_reader_must_know(frame: pd.DataFrame) -> None:
         "50 network evaluations",
         "n = 500",
         "cpu (1 thread)",
-        "no two runs at the same time",
+        "no two runs seen to train at the same time",
         "c0dec0dec0 (commit b02412e5d3, clean)",
         "10⁻³",
         "Seeds per row: 1",

@@ -77,7 +77,11 @@ def _devices(runs: pd.DataFrame) -> str:
         name = device or "unknown device"
         text = f"{world_size} × {name}" if world_size and world_size > 1 else name
         texts.add(f"{text} ({threads} thread{'' if threads == 1 else 's'})" if threads else text)
-    beside = {True: "some runs ran side by side", False: "no two runs at the same time", None: "unknown whether side by side"}
+    beside = {
+        True: "some runs ran side by side",
+        False: "no two runs seen to train at the same time",
+        None: "unknown whether side by side",
+    }
     return f"† Measured on {', '.join(sorted(texts))}, {beside[side_by_side(runs)]}; throughput varies from run to run."
 
 
