@@ -1,11 +1,23 @@
-"""Which arrays did a run leave: what is inside the trained method, and what it draws?"""
+"""Which arrays does a run leave: what is inside the trained method, what it draws, and how?"""
 
+import io
 import zipfile
 import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from bench.files import write_bytes_atomically
+
+
+class Trajectory(NamedTuple):
+    """The first images of a sample on their way from noise to image."""
+
+    images: np.ndarray  # (frame, n, C, H, W) uint8: as they are, from pure noise to the sample's own bytes
+    predicted: np.ndarray  # (frame, n, C, H, W) uint8: the clean images that the network saw in them; last, the sample's own
+    times: np.ndarray  # (frame,) float64: what the network was given there; NaN for the last, which it is not shown
+    labels: np.ndarray  # (n,) int64
 
 
 class Diagnostic(NamedTuple):
@@ -43,6 +55,31 @@ def read_samples(path: Path) -> np.ndarray | None:
     if images is None or images.ndim != 4 or images.dtype != np.uint8:
         raise ValueError(f"{file} holds no uint8 images arr_0 (n, H, W, C): delete it and sample the run again")
     return images
+
+
+def write_trajectory(path: Path, trajectory: Trajectory) -> None:
+    """`trajectory.npz` of a run folder; equal input gives equal bytes."""
+    content = io.BytesIO()
+    np.savez_compressed(content, **trajectory._asdict())  # type: ignore[arg-type]
+    write_bytes_atomically(Path(path) / "trajectory.npz", content.getvalue())
+
+
+def read_trajectory(path: Path) -> Trajectory | None:
+    """Of a run's `trajectory.npz`; None if there is none."""
+    file = Path(path) / "trajectory.npz"
+    if not file.exists():
+        return None
+    arrays = _read_npz(file)
+    missing = [name for name in Trajectory._fields if name not in arrays]
+    if missing:
+        raise ValueError(f"{file} lacks {', '.join(missing)}: delete it and score the run again")
+    found = Trajectory(**{name: arrays[name] for name in Trajectory._fields})
+    shape = (len(found.times), len(found.labels))
+    if any(part.ndim != 5 or part.shape[:2] != shape or part.dtype != np.uint8 for part in (found.images, found.predicted)):
+        raise ValueError(
+            f"{file} holds no uint8 images (frame, n, C, H, W) with times and labels: delete it and score the run again"
+        )
+    return found
 
 
 def _read_npz(file: Path) -> dict[str, np.ndarray]:

@@ -16,6 +16,8 @@ from typing import NoReturn
 
 from rich.console import Console
 
+from bench import sweeps
+
 RESULTS = Path("results")
 DESCRIPTION = "Timestep-specialised diffusion transformers under one trainer, at equal budgets, scored by one frozen protocol."
 START = "Start with `tsbench demo --quick`; every command explains itself with --help."
@@ -33,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
         warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
         try:
             parsed = _parse(arguments)
+            parsed.may_listen = arguments is None  # to signals: the process is ours
             return int(parsed.run(parsed) or 0)
         except ValueError as error:
             return _refuse(str(error), _exit_code(error))
@@ -132,7 +135,10 @@ def make_parser() -> Parser:
     )
     train.add_argument("settings", nargs="*", metavar="key=value", help="settings on top of the file")
     train.add_argument("--runs", type=Path, default=RESULTS / "runs", help="where the run's folder goes (default results/runs)")
+    train.add_argument("--expert", type=int, help="with system.experts=separate_jobs: train only this one, from 0 on")
     train.set_defaults(run=run_train)
+
+    sweeps.add_parsers(commands)
 
     sample = commands.add_parser("sample", help="draw images from a trained run", description="Draw images from a trained run.")
     sample.add_argument("folder", type=Path, metavar="RUN", help="a run folder")
@@ -189,6 +195,7 @@ def _shown(value: object) -> str:
 def run_demo(parsed: argparse.Namespace) -> int:
     from bench import demo, show
     from bench.suite import load_suite
+    from bench.watch import default_workers
 
     name = "demo-quick" if parsed.quick else "demo"
     suite = load_suite(name)
@@ -197,7 +204,7 @@ def run_demo(parsed: argparse.Namespace) -> int:
         raise ValueError(f"--workers is {parsed.workers}: give at least 1")
     console = Console()
     plan = demo.make_plan(suite, out, parsed.settings)
-    workers = parsed.workers or demo.default_workers(max(config.train.threads for config in plan.configs))
+    workers = parsed.workers or default_workers(max(config.train.threads for config in plan.configs))
     if parsed.fresh:
         demo.start_over(plan)
     failures = demo.run_plan(plan, workers, console)
@@ -206,7 +213,7 @@ def run_demo(parsed: argparse.Namespace) -> int:
     if failures:
         return 1
     found = [run for run in show.find(out, plan.protocol_hash) if run.path in plan.folders]
-    show.write_tables(out, show.tidy_runs(out, found), suite, console)
+    show.write_tables(out, show.results_of_runs(out, found), suite, console)
     figures = show.write_figures(out, found, suite)
     console.print(f"\nFigures ({len(figures)} files): {out / 'figures'}")
     console.print(f"Tables: {out / 'table.md'}, {out / 'table.tex'}; tidy results: {out / 'results.csv'}")
@@ -218,6 +225,8 @@ def run_train(parsed: argparse.Namespace) -> int:
     from bench.distributed import world_from_environment
     from bench.files import read_yaml
     from bench.journal import Diverged
+    from bench.stopping import StopFlag
+    from bench.trainer import Interrupted
 
     settings, source = list(parsed.settings), parsed.config
     if source is not None and "=" in source:
@@ -228,12 +237,17 @@ def run_train(parsed: argparse.Namespace) -> int:
     else:
         config = job.make_config(read_yaml(Path(source)) if source is not None else {}, settings)
         folder = parsed.runs / config.run_id
+    stop = StopFlag()
+    if parsed.may_listen:
+        stop.listen(signal.SIGTERM, signal.SIGINT)
     with world_from_environment(job.find_device(config.system.device)) as world:
         try:
-            job.run(config, folder, world)
+            job.run(config, folder, world, stop, parsed.expert)
         except Diverged as error:
             return _refuse(f"training diverged: {error}", 1)
-        if world.is_main:
+        except Interrupted as error:
+            return _refuse(f"{error}; the same command goes on from there", 130)
+        if world.is_main and (folder / "done").exists():
             print_run(folder)
     return 0
 
@@ -278,12 +292,10 @@ def run_evaluate(parsed: argparse.Namespace) -> int:
 
 
 def run_collect(parsed: argparse.Namespace) -> int:
-    from bench import runs, show
+    from bench import show
 
-    found = show.find(parsed.folder)
-    path = parsed.folder / "results.csv"
-    runs.write_results(show.tidy_runs(parsed.folder, found), path)
-    print(path)
+    for path in show.collect(parsed.folder):
+        print(path)
     return 0
 
 
@@ -292,7 +304,7 @@ def run_tables(parsed: argparse.Namespace) -> int:
     from bench.suite import load_suite
 
     suite = load_suite(parsed.suite)
-    show.write_tables(parsed.folder, show.tidy(parsed.folder, parsed.protocol), suite, Console())
+    show.write_tables(parsed.folder, show.results_of(parsed.folder, parsed.protocol), suite, Console(), parsed.protocol)
     print(f"\n{parsed.folder / 'table.md'}, {parsed.folder / 'table.tex'}")
     return 0
 

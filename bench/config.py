@@ -154,13 +154,14 @@ class EvaluationConfig:
     extractor_weights: str = ""  # a local file, for inception
     reference: str = ""  # an ADM reference file instead of the data set's own images
     kid_subset_size: int = 250
+    curve_every: int = 0  # score also the weights at every n-th of heldout.points; 0: only those at the end
 
     def __post_init__(self) -> None:
         _choice("evaluation.sampler", self.sampler, ("ancestral", "ddim", "euler"))
         _choice("evaluation.extractor", self.extractor, ("digits", "inception"))
         for name in ("num_samples", "block_size", "kid_subset_size"):
             _between(f"evaluation.{name}", getattr(self, name), 1, 10_000_000)
-        for name in ("guidance_scale", "guidance_channels"):
+        for name in ("guidance_scale", "guidance_channels", "curve_every"):
             _between(f"evaluation.{name}", getattr(self, name), 0)
         _between("evaluation.eta", self.eta, 0, 1)
         _between("evaluation.seed", self.seed, 0, MAX_SEED)
@@ -174,8 +175,10 @@ class SystemConfig:
     log_every: int = 50  # steps
     checkpoint_every_seconds: float = 60.0
     checkpoint_every: int = 0  # steps; 0: by time only
+    experts: str = "together"  # separate_jobs: each in a job of its own, which needs no other; they are assembled at the end
 
     def __post_init__(self) -> None:
+        _choice("system.experts", self.experts, ("together", "separate_jobs"))
         _between("system.log_every", self.log_every, 1)
         for name in ("checkpoint_every", "checkpoint_every_seconds"):
             _between(f"system.{name}", getattr(self, name), 0)

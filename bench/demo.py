@@ -1,13 +1,10 @@
 """How does a suite become finished runs on one machine? What `tsbench demo` does."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bench import job
 from bench.config import RunConfig
@@ -16,9 +13,8 @@ from bench.evaluate import EvalProtocol, floor_scores, protocol_of
 from bench.files import make_folder, read_json, write_json_atomically
 from bench.run_folder import clear, locked
 from bench.suite import suite_configs
+from bench.watch import Watch
 from slurm.local import Job, run_side_by_side
-
-SPENT = {"images": "images_seen", "train_flops": "train_flops", "device_seconds": "device_seconds"}  # unit: in progress.json
 
 
 @dataclass(frozen=True)
@@ -74,52 +70,6 @@ def write_floor(plan: Plan) -> None:
     write_json_atomically(path, record)
 
 
-class Watch:
-    """Shows a bar per run on a terminal; elsewhere one line when a run is done. Use as a context, call with the jobs."""
-
-    def __init__(self, configs: tuple[RunConfig, ...], jobs: list[Job], console: Console) -> None:
-        self.console = console
-        columns = (
-            TextColumn("{task.description:<14}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f}%  {task.fields[state]:<8}"),
-        )
-        times = (TimeElapsedColumn(), TimeRemainingColumn())
-        self.bars = Progress(*columns, *times, console=console, refresh_per_second=2, disable=not console.is_terminal)
-        budgets = {config.run_id: config.budget for config in configs}
-        self.budgets = {each.folder.name: budgets[each.folder.name] for each in jobs}
-        self.tasks: dict[str, TaskID] = {
-            each.folder.name: self.bars.add_task(each.label, total=1.0, start=False, state="waiting") for each in jobs
-        }
-        self.announced: set[str] = set()
-
-    def __call__(self, jobs: list[Job]) -> None:
-        for each in jobs:
-            name, task = each.folder.name, self.tasks[each.folder.name]
-            if each.running and not self.bars.tasks[task].started:
-                self.bars.start_task(task)
-            budget = self.budgets[name]
-            spent = each.progress().get(SPENT[budget.unit], 0) / budget.amount
-            state = "waiting"
-            if each.running:
-                state = "scoring" if spent >= 1 else "training"
-            elif each.finished:
-                state = "failed" if each.failure() else "done"
-                self.bars.stop_task(task)
-            self.bars.update(task, completed=min(spent, 1.0), state=state)
-            if each.finished and name not in self.announced:
-                self.announced.add(name)
-                if not self.console.is_terminal:
-                    self.console.print(f"{each.label}: {state}")
-
-    def __enter__(self) -> "Watch":
-        self.bars.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.bars.stop()
-
-
 def start_over(plan: Plan) -> None:
     """Remove what the plan's runs have written, and nothing else; ValueError if one of them is being worked on."""
     there = [folder for folder in plan.folders if folder.is_dir()]
@@ -128,9 +78,3 @@ def start_over(plan: Plan) -> None:
             pass
     for folder in there:
         clear(folder)
-
-
-def default_workers(threads: int) -> int:
-    """As many runs at once as this process has processors for."""
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, processors // threads)

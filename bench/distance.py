@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from bench.data import ImageSet, to_uint8
+from bench.distributed import World
 
 NEIGHBOUR_CHUNK = 500  # images on either side of a block of the distance matrix
 
@@ -29,18 +30,22 @@ def mean_and_covariance(features: Tensor) -> tuple[Tensor, Tensor]:
     return features.double().mean(0), torch.cov(features.double().T)
 
 
-def nearest_neighbour(samples: Tensor, train: ImageSet, device: str = "cpu") -> float:
+def nearest_neighbour(samples: Tensor, train: ImageSet, device: str = "cpu", world: World | None = None) -> float:
     """Mean over samples (uint8 (n, C, H, W)) of the RMS pixel distance, pixels in 0..1, to the nearest training image.
 
-    Exact: squares of integers are summed in float64, so that a copy has distance 0.
+    Exact: squares of integers are summed in float64, so that a copy has distance 0 and the order does not count. Ranks
+    share the training images; all get the distance.
     """
+    world = world or World()
     nearest = torch.full((len(samples),), float("inf"), dtype=torch.float64)
-    for indices in torch.arange(len(train)).split(NEIGHBOUR_CHUNK):
-        real = to_uint8(train.batch(indices)[0]).flatten(1).to(device).double()
-        for start in range(0, len(samples), NEIGHBOUR_CHUNK):
-            part = samples[start : start + NEIGHBOUR_CHUNK].flatten(1).to(device).double()
-            squared = part.square().sum(1, keepdim=True) + real.square().sum(1) - 2 * part @ real.T  # (n, m)
-            nearest[start : start + len(part)] = torch.minimum(nearest[start : start + len(part)], squared.amin(1).cpu())
+    with world.together():
+        for indices in torch.arange(len(train)).split(NEIGHBOUR_CHUNK)[world.rank :: world.size]:
+            real = to_uint8(train.batch(indices)[0]).flatten(1).to(device).double()
+            for start in range(0, len(samples), NEIGHBOUR_CHUNK):
+                part = samples[start : start + NEIGHBOUR_CHUNK].flatten(1).to(device).double()
+                squared = part.square().sum(1, keepdim=True) + real.square().sum(1) - 2 * part @ real.T  # (n, m)
+                nearest[start : start + len(part)] = torch.minimum(nearest[start : start + len(part)], squared.amin(1).cpu())
+    nearest = world.gather(nearest[None]).amin(0)  # over ranks
     return (nearest / samples[0].numel()).sqrt().mean().item() / 255.0
 
 

@@ -82,6 +82,26 @@ class World:
         dist.broadcast(answer, src=0)
         return bool(answer)
 
+    def any(self, value: bool, device: torch.device) -> bool:
+        """Whether it is true on any rank, on every rank."""
+        return bool(self.sum(torch.tensor(int(value), device=device)))
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What ranks do here, each on its own and without messages, is done by all or by none: where one rank fails, all leave
+        with an error (the others a ValueError), so that none waits for one that has given up.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        anywhere = self.any(failure is not None, torch.device("cpu"))
+        if failure is not None:
+            raise failure
+        if anywhere:
+            raise ValueError(f"rank {self.rank} stops because another of the {self.size} ranks failed: see its message")
+
     def agree(self, number: float, device: torch.device) -> float:
         """Rank 0's number, on every rank."""
         if self.size == 1:
@@ -90,6 +110,11 @@ class World:
         dist.broadcast(answer, src=0)
         return float(answer)
 
+    def barrier(self) -> None:
+        """Nobody goes on before everybody is here."""
+        if self.size > 1:
+            dist.barrier()
+
     def share_block(self, block: Tensor, owner: int) -> Tensor:
         """A tensor that rank `owner` computed, on every rank; the others pass an empty one of the same shape."""
         if self.size > 1:
@@ -97,10 +122,38 @@ class World:
         return block
 
 
+class Agreement:
+    """Has any rank asked for something? Each call posts this rank's answer and returns what all said at the call before,
+    the same on every rank: nobody waits for a message, nor for a device.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.posted: tuple[Tensor, dist.Work] | None = None
+
+    def ask(self, own: bool) -> bool:
+        """Whether any rank's `own` was true at the call before; alone, whether it is now."""
+        if self.world.size == 1:
+            return own
+        before = self.settle()
+        answers = torch.tensor(int(own))  # on the CPU: gloo carries it, also where nccl carries the gradients
+        self.posted = answers, dist.all_reduce(answers, async_op=True)
+        return before
+
+    def settle(self) -> bool:
+        """Wait for the last message, so that none is under way at the end; what it said."""
+        if self.posted is None:
+            return False
+        answers, work = self.posted
+        work.wait()
+        self.posted = None
+        return bool(answers)
+
+
 @contextmanager
 def world_from_environment(device: torch.device) -> Iterator[World]:
-    """Join the ranks that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT name (gloo on CPU, nccl on GPU), and leave them
-    at the end; without WORLD_SIZE, a process on its own.
+    """Join the ranks that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT name (gloo on CPU, nccl on GPU; what is on the CPU
+    goes by gloo there, too), and leave them at the end; without WORLD_SIZE, a process on its own.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -108,7 +161,7 @@ def world_from_environment(device: torch.device) -> Iterator[World]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ["RANK"])))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield World(dist.get_rank(), size)
     finally:

@@ -9,6 +9,9 @@ Lower is better for distances, higher for the rest:
     inception_score          of the extractor's classes
     class_accuracy           share of images that the extractor recognises as what was asked for (digits)
     nearest_neighbour        mean RMS pixel distance (pixels in 0..1) to the nearest training image: near 0 is copying
+
+Ranks share what grows with the number of images: features and the search for neighbours. Rank 0 computes the rest, so
+that the scores are the same to the bit for any number of ranks.
 """
 
 import math
@@ -28,9 +31,11 @@ from bench.config import EvaluationConfig, content_hash
 from bench.data import UINT8_RULE, DataSource, ImageSet, to_uint8
 from bench.data.source import hash_file, spread_choice
 from bench.distance import frechet_distance, mean_and_covariance, nearest_neighbour
+from bench.distributed import World
 
 __all__ = ["EvalProtocol", "differences", "floor_scores", "frechet_distance", "protocol_of", "score"]
 
+METRICS = ("fid_train", "fid_heldout", "kid", "precision", "recall", "inception_score", "nearest_neighbour")
 LABEL_SCHEME = "balanced: image i has class i modulo the number of classes"
 
 
@@ -112,15 +117,21 @@ def differences(a: EvalProtocol | Mapping[str, Any], b: EvalProtocol | Mapping[s
     return sorted(name for name in {*left, *right} if left.get(name, missing) != right.get(name, missing))
 
 
-def score(samples: Tensor, labels: Tensor, protocol: EvalProtocol, data: DataSource, device: str = "cpu") -> dict[str, float]:
+def score(
+    samples: Tensor, labels: Tensor, protocol: EvalProtocol, data: DataSource, device: str = "cpu", world: World | None = None
+) -> dict[str, float]:
     """The scores of `samples` uint8 (n, C, H, W), asked to be of classes `labels` int64 (n,); n is the protocol's.
 
-    Every value is finite and `n` is among them. Raises ValueError if the samples are not what the protocol says.
+    Every value is finite and `n` is among them. All ranks give the same samples and get the same scores. Raises ValueError
+    if the samples are not what the protocol says; what fails on one rank ends the call on all.
     """
-    _check_samples(samples, labels, protocol, data)
-    if not torch.equal(labels.cpu(), torch.arange(len(labels)) % data.num_classes):
-        raise ValueError(f"the labels of the samples do not follow the protocol ({LABEL_SCHEME}): draw them in that order")
-    return _score(samples, labels, protocol, data, device)
+    world = world or World()
+    with world.together():
+        _check_samples(samples, labels, protocol, data)
+        if not torch.equal(labels.cpu(), torch.arange(len(labels)) % data.num_classes):
+            raise ValueError(f"the labels of the samples do not follow the protocol ({LABEL_SCHEME}): draw them in that order")
+        _extractor(protocol, device)  # its weights may be missing on one machine
+    return _score(samples, labels, protocol, data, device, world)
 
 
 def floor_scores(protocol: EvalProtocol, data: DataSource, device: str = "cpu") -> dict[str, float]:
@@ -141,10 +152,12 @@ def floor_scores(protocol: EvalProtocol, data: DataSource, device: str = "cpu") 
             f"set it to {len(data.train)} or less"
         )
     images, labels = _images(data.heldout, torch.arange(count))
-    scores = _score(images, labels, protocol, data, device)
+    scores = _score(images, labels, protocol, data, device, World())
     chosen, _ = _images(data.train, spread_choice(data.train.labels, count))
-    features = _extract(chosen, protocol, device)[fidelity.layer(protocol.extractor, "fid")]
-    scores["fid_heldout"] = frechet_distance(*mean_and_covariance(features), *_reference(protocol, data, device).heldout)
+    features = _extract(chosen, protocol, device, World())[fidelity.layer(protocol.extractor, "fid")]
+    reference = _reference(protocol, data, device, World())
+    assert reference is not None
+    scores["fid_heldout"] = frechet_distance(*mean_and_covariance(features), *reference.heldout)
     return scores
 
 
@@ -158,43 +171,54 @@ class _Reference:
 
 
 @lru_cache(maxsize=1)
-def _reference(protocol: EvalProtocol, data: DataSource, device: str) -> _Reference:
-    """Computed once for all runs that one process scores."""
-    extractor = _extractor(protocol, device)
-    name, batch_size = fidelity.layer(protocol.extractor, "fid"), protocol.feature_batch_size
-    heldout = mean_and_covariance(fidelity.features_of_set(data.heldout, extractor, batch_size)[name])
-    path = Path(protocol.reference_path)
-    if protocol.reference == "adm" and adm.image_shape(path) is not None:
-        features = fidelity.extract_features(adm.read_images(path), extractor, batch_size)[name]
-    else:
-        features = fidelity.features_of_set(data.train, extractor, batch_size)[name]
-    if protocol.reference == "adm":
-        stored = adm.read_reference(path)
-        return _Reference((stored.mean, stored.covariance), heldout, features)
-    return _Reference(mean_and_covariance(features), heldout, features)
+def _reference(protocol: EvalProtocol, data: DataSource, device: str, world: World) -> _Reference | None:
+    """Computed once for all runs that one process scores, with the help of all ranks; rank 0 gets it."""
+    name = fidelity.layer(protocol.extractor, "fid")
+    with world.together():
+        path = Path(protocol.reference_path)
+        images = adm.read_images(path) if protocol.reference == "adm" and adm.image_shape(path) is not None else None
+    of_heldout = _extract(data.heldout, protocol, device, world)
+    of_train = _extract(data.train if images is None else images, protocol, device, world)
+    reference: _Reference | None = None
+    with world.together():
+        if world.is_main:
+            stored = adm.read_reference(path) if protocol.reference == "adm" else None
+            train = (stored.mean, stored.covariance) if stored else mean_and_covariance(of_train[name])
+            reference = _Reference(train, mean_and_covariance(of_heldout[name]), of_train[name])
+    return reference
 
 
-def _score(samples: Tensor, labels: Tensor, protocol: EvalProtocol, data: DataSource, device: str) -> dict[str, float]:
-    features = _extract(samples, protocol, device)
-    reference = _reference(protocol, data, device)
+def _score(
+    samples: Tensor, labels: Tensor, protocol: EvalProtocol, data: DataSource, device: str, world: World
+) -> dict[str, float]:
+    features = _extract(samples, protocol, device, world)
+    reference = _reference(protocol, data, device, world)
+    scores = {"nearest_neighbour": nearest_neighbour(samples, data.train, device, world)}
+    names = [*METRICS, "class_accuracy"] if protocol.extractor == "digits" else METRICS  # its classes are the data's
+    with world.together():
+        if reference is not None:
+            scores |= _compare(features, labels, reference, protocol)
+            assert scores.keys() == set(names) and all(math.isfinite(value) for value in scores.values()), scores
+    shared = {name: world.agree(scores.get(name, 0.0), torch.device("cpu")) for name in names}
+    return {**shared, "n": len(samples)}
+
+
+def _compare(features: dict[str, Tensor], labels: Tensor, reference: _Reference, protocol: EvalProtocol) -> dict[str, float]:
+    """The scores that follow from features alone."""
     pooled, logits = (features[fidelity.layer(protocol.extractor, metric)] for metric in ("fid", "isc"))
     statistics = mean_and_covariance(pooled)
     precision, recall = fidelity.precision_and_recall(pooled, reference.features, protocol.neighbours)
+    unit_norm = protocol.extractor != "inception"
     scores = {
         "fid_train": frechet_distance(*statistics, *reference.train),
         "fid_heldout": frechet_distance(*statistics, *reference.heldout),
-        "kid": fidelity.kernel_distance(
-            pooled, reference.features, protocol.kid_subsets, protocol.kid_subset_size, protocol.extractor != "inception"
-        ),
+        "kid": fidelity.kernel_distance(pooled, reference.features, protocol.kid_subsets, protocol.kid_subset_size, unit_norm),
         "precision": precision,
         "recall": recall,
         "inception_score": fidelity.inception_score(logits, protocol.inception_score_splits),
-        "nearest_neighbour": nearest_neighbour(samples, data.train, device),
-        "n": len(samples),
     }
-    if protocol.extractor == "digits":  # its classes are the data's
+    if protocol.extractor == "digits":
         scores["class_accuracy"] = (logits.argmax(1) == labels.cpu()).double().mean().item()
-    assert all(math.isfinite(value) for value in scores.values()), scores
     return scores
 
 
@@ -204,8 +228,8 @@ def _extractor(protocol: EvalProtocol, device: str) -> FeatureExtractorBase:
     return fidelity.build_extractor(protocol.extractor, protocol.extractor_sha256, protocol.extractor_path, device=device)
 
 
-def _extract(images: Tensor, protocol: EvalProtocol, device: str) -> dict[str, Tensor]:
-    return fidelity.extract_features(images, _extractor(protocol, device), protocol.feature_batch_size)
+def _extract(images: Tensor | ImageSet, protocol: EvalProtocol, device: str, world: World) -> dict[str, Tensor]:
+    return fidelity.extract_features(images, _extractor(protocol, device), protocol.feature_batch_size, world)
 
 
 def _images(images: ImageSet, indices: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ outside the project and is read by executing pickles. Nothing is fetched.
 """
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from torch_fidelity.utils import create_feature_extractor
 
 from bench.data import digits_classifier
 from bench.data.source import ImageSet, hash_file, to_uint8
+from bench.distributed import World
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # of torch-fidelity's release v0.2.0
 INCEPTION_HINT = (
@@ -113,37 +114,64 @@ def build_extractor(
     return built.to(device)
 
 
-def extract_features(images: Tensor, extractor: FeatureExtractorBase, batch_size: int) -> dict[str, Tensor]:
-    """uint8 (n, C, H, W) -> name -> (n, width) float32 on the CPU, `batch_size` images at a time.
+def extract_features(
+    images: Tensor | ImageSet, extractor: FeatureExtractorBase, batch_size: int, world: World | None = None
+) -> dict[str, Tensor]:
+    """uint8 (n, C, H, W), or a set that need not fit into memory -> name -> (n, width) float32 on the CPU.
 
-    Images are independent of each other, so ranks can each take a part (whole batches) and gather. Raises ValueError if
-    the images are not uint8 or if a feature is not finite, which torch-fidelity would let pass.
+    `batch_size` images are looked at together. Ranks share the batches; rank 0 gets all features in order, the others an
+    empty dict. Raises ValueError if the images are not uint8 or if a feature is not finite, which torch-fidelity would let
+    pass.
     """
-    if images.dtype != torch.uint8:
+    if isinstance(images, Tensor) and images.dtype != torch.uint8:
         raise ValueError(f"images to score are {images.dtype}: convert them with bench.data.to_uint8")
-    device = next(extractor.parameters()).device
-    parts: dict[str, list[Tensor]] = {name: [] for name in extractor.get_requested_features_list()}
-    with torch.no_grad(), _full_precision():
-        for batch in images.split(batch_size):
-            for name, features in extractor.convert_features_tuple_to_dict(extractor(batch.to(device))).items():
-                parts[name].append(features.cpu())
-    whole = {name: torch.cat(part) for name, part in parts.items()}
-    for name, features in whole.items():
-        num_bad = int((~torch.isfinite(features)).any(dim=1).sum())
-        if num_bad:
-            raise ValueError(
-                f"features {name!r} of {num_bad} of {len(images)} images are not finite: check the extractor's weights"
-            )
+
+    def read(indices: Tensor) -> Tensor:
+        return images[indices] if isinstance(images, Tensor) else to_uint8(images.batch(indices)[0])
+
+    return _share_batches(len(images), read, extractor, batch_size, world or World())
+
+
+def _share_batches(
+    count: int, read: Callable[[Tensor], Tensor], extractor: FeatureExtractorBase, batch_size: int, world: World
+) -> dict[str, Tensor]:
+    """The features of the images `read(indices)` for indices 0..count-1: a round of batches at a time, one for each rank.
+
+    A batch has the same images whoever takes it, so the number of ranks changes no bit.
+    """
+    batches = torch.arange(count).split(batch_size)
+    num_rounds = -(-len(batches) // world.size)
+    # In the last round, a rank that has no batch left repeats an early one: all parts then have one shape. Its rows are cut off.
+    mine = [batches[(turn * world.size + world.rank) % len(batches)] for turn in range(num_rounds)]
+    with world.together():
+        own = [_features_of_batch(read(indices), extractor) for indices in mine]
+    rounds: dict[str, list[Tensor]] = {}
+    for part in own:
+        for name in sorted(part):  # messages go in one order on all ranks
+            padding = (0, 0, 0, batch_size - len(part[name]))  # rows below those of the last batch, to be cut off
+            gathered = world.gather(F.pad(part[name], padding))
+            if world.is_main:
+                rounds.setdefault(name, []).append(gathered)
+    whole = {name: torch.cat(parts)[:count] for name, parts in rounds.items()}
+    with world.together():
+        _check_finite(whole)
     return whole
 
 
-def features_of_set(images: ImageSet, extractor: FeatureExtractorBase, batch_size: int) -> dict[str, Tensor]:
-    """As `extract_features`, for all images of a set, which need not fit into memory."""
-    blocks = [
-        extract_features(to_uint8(images.batch(indices)[0]), extractor, batch_size)
-        for indices in torch.arange(len(images)).split(batch_size)
-    ]
-    return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
+def _features_of_batch(images: Tensor, extractor: FeatureExtractorBase) -> dict[str, Tensor]:
+    device = next(extractor.parameters()).device
+    with torch.no_grad(), _full_precision():
+        features = extractor.convert_features_tuple_to_dict(extractor(images.to(device)))
+    return {name: of_layer.cpu() for name, of_layer in features.items()}
+
+
+def _check_finite(features: dict[str, Tensor]) -> None:
+    for name, of_layer in features.items():
+        num_bad = int((~torch.isfinite(of_layer)).any(dim=1).sum())
+        if num_bad:
+            raise ValueError(
+                f"features {name!r} of {num_bad} of {len(of_layer)} images are not finite: check the extractor's weights"
+            )
 
 
 def inception_score(logits: Tensor, splits: int) -> float:

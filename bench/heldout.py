@@ -5,7 +5,8 @@ on the same held-out images, timesteps and noise for every method, seed and poin
 timesteps.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,13 +45,20 @@ def make_heldout_set(config: HeldoutConfig, data: DataSource, num_timesteps: int
     return HeldoutSet(bins, x0, noise, index, (index + 0.5) / num_timesteps if continuous else index, y)
 
 
-@torch.no_grad()
 def heldout_losses(method: Method, objective: Objective, held: HeldoutSet, world: World, device: torch.device) -> list[float]:
     """The mean squared error of each bin."""
+    return bin_means(held, item_losses(method, objective, held, world, device, method.intervals))
+
+
+@torch.no_grad()
+def item_losses(
+    method: Method, objective: Objective, held: HeldoutSet, world: World, device: torch.device, intervals: Iterable[Interval]
+) -> Tensor:
+    """(n,) float64: the squared error of each image whose timestep lies in one of `intervals`, and nought for the others."""
     losses = torch.zeros(len(held.timestep), dtype=torch.float64)
     block_number = 0
-    for interval in method.intervals:
-        rows = torch.nonzero((held.timestep >= interval.start) & (held.timestep < interval.stop)).squeeze(1)
+    for interval in intervals:
+        rows = items_of(held, interval)
         mine = []
         for block in rows.split(BLOCK):
             if block_number % world.size == world.rank and len(block):
@@ -65,8 +73,45 @@ def heldout_losses(method: Method, objective: Objective, held: HeldoutSet, world
             terms = objective.terms(denoiser(x_t, batch.t, batch.y), x_t, batch)
             losses[block] = next(iter(terms.values())).double().cpu()
         del denoiser  # before the next one is made
-    losses = world.sum(losses.to(device)).cpu()
-    return [float(losses[(held.timestep >= b.start) & (held.timestep < b.stop)].mean()) for b in held.bins]
+    return world.sum(losses.to(device)).cpu()
+
+
+def items_of(held: HeldoutSet, interval: Interval) -> Tensor:
+    """(k,): which images of the set have their timestep in an interval."""
+    return torch.nonzero((held.timestep >= interval.start) & (held.timestep < interval.stop)).squeeze(1)
+
+
+def bin_means(held: HeldoutSet, losses: Tensor) -> list[float]:
+    return [float(losses[items_of(held, place)].mean()) for place in held.bins]
+
+
+def bin_rows(held: HeldoutSet, losses: Tensor) -> list[dict[str, Any]]:
+    """What `metrics.jsonl` tells of the losses (n,), one line per bin."""
+    return [
+        {"bin": place.index, "start": place.start, "stop": place.stop, "loss": loss, "n": len(items_of(held, place))}
+        for place, loss in zip(held.bins, bin_means(held, losses), strict=True)
+    ]
+
+
+def item_row(held: HeldoutSet, losses: Tensor, intervals: Iterable[Interval]) -> dict[str, Any]:
+    """What a job that trains only these intervals tells of the losses (n,): for `joined_items`."""
+    items = torch.cat([items_of(held, interval) for interval in intervals])
+    return {"items": items.tolist(), "losses": losses[items].tolist()}
+
+
+def joined_items(held: HeldoutSet, rows: Iterable[Mapping[str, Any]]) -> Tensor:
+    """(n,) float64: the losses that jobs have told of, each of its intervals; ValueError unless they are all there."""
+    losses = torch.full((len(held.timestep),), torch.nan, dtype=torch.float64)
+    told: list[int] = []
+    for row in rows:
+        losses[torch.tensor(row["items"], dtype=torch.int64)] = torch.tensor(row["losses"], dtype=torch.float64)
+        told += row["items"]
+    if sorted(told) != list(range(len(losses))):
+        raise ValueError(
+            f"the experts have told of {len(told)} held-out losses where there are {len(losses)}, each once: "
+            "delete the run folder to train again"
+        )
+    return losses
 
 
 def probe_of(held: HeldoutSet, objective: Objective, device: torch.device) -> Probe:

@@ -4,33 +4,36 @@ Everything that can be refused is refused before anything is written. A run that
 its last checkpoint when the same command is given again.
 """
 
-import time
-import warnings
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import adm, checkpoint
+from bench import checkpoint, experts, lease
+from bench.assemble import assemble, summary_of_jobs
 from bench.config import RunConfig
 from bench.data import DataSource, load_data
-from bench.distributed import World
-from bench.evaluate import EvalProtocol, protocol_of, score
+from bench.distributed import World, world_from_environment
+from bench.evaluate import EvalProtocol, protocol_of
 from bench.files import write_json_atomically, write_text_atomically
+from bench.finish import Finisher
 from bench.flops import Cost
-from bench.heldout import heldout_losses
-from bench.journal import Diverged
 from bench.method import Method, load_exactly
-from bench.provenance import code_hash, provenance
-from bench.run_folder import leave_cause, locked, read_back, summary_of, write_diagnostics
-from bench.runs import Run, read_run
-from bench.sample import Sampler, Samples, make_sampler
+from bench.prepare import place_config as place_config
+from bench.prepare import prepare_folder as prepare_folder
+from bench.provenance import code_difference, code_files, imported_methods
+from bench.run_folder import guarded, left_cause, locked, read_back, summary_of
+from bench.runs import Run, expert_folder, read_run
+from bench.sample import Samples, make_sampler
 from bench.settings import flat_settings, resolve
-from bench.trainer import Trainer
-from methods import METHODS, build, option_defaults
+from bench.suite import RUN
+from bench.trainer import Interrupted, Trainer, never
+from methods import METHODS
 from methods.backbone import DiT
+from methods.initial import build, option_defaults
 from methods.released import read_weights
 
 PARTS = ("model.", "ema.")  # of a checkpoint: the weights, and the averages to use in their place
@@ -75,7 +78,7 @@ def find_device(name: str) -> torch.device:
 def build_method(config: RunConfig, data: DataSource) -> Method:
     """The method with its initial weights, before any training."""
     return build(
-        config.method,
+        METHODS[config.method],
         asdict(config.model),
         config.options,
         seed=config.seed,
@@ -86,61 +89,118 @@ def build_method(config: RunConfig, data: DataSource) -> Method:
     )
 
 
-def run(config: RunConfig, folder: Path, world: World | None = None) -> None:
-    """Train, look inside, sample and score one run, as far as it is not done already. Raises ValueError for user errors and
-    Diverged for a loss that is not finite; both leave the folder so that it can be understood and resumed.
+def work_on(
+    folder: Path, expert: int | None = None, should_stop: Callable[[], bool] = never, is_dead: Callable[[str], bool] | None = None
+) -> bool:
+    """What a job does: go on with the run in a folder, as one of the ranks that the environment names. Whether it came to its
+    end; if not, it was asked to stop, and everything is saved.
+    """
+    config = read_config(folder)
+    with world_from_environment(find_device(config.system.device)) as world:
+        try:
+            run(config, folder, world, should_stop, expert, is_dead)
+        except Interrupted:
+            return False
+    return True
+
+
+def run(
+    config: RunConfig,
+    folder: Path,
+    world: World | None = None,
+    should_stop: Callable[[], bool] = never,
+    expert: int | None = None,
+    is_dead: Callable[[str], bool] | None = None,
+) -> None:
+    """Train, look inside, sample and score one run, as far as it is not done already. Raises ValueError for user errors,
+    Diverged for a loss that is not finite, and Interrupted when `should_stop` said so: the same call goes on from there.
+
+    `expert`: where experts train in jobs of their own, only this one; the last job puts the run together. `is_dead`: whether
+    a job of the cluster that seems to hold the run is known to have ended.
     """
     world = world or World()
     device = find_device(config.system.device)
     data = load_data(config.data)
-    method, initial_flops = _initial_method(config, data)
+    method, initial_flops = _initial_method(config, data, folder.parent)
     protocol = protocol_of(config.evaluation, data)
     sampler = make_sampler(config.diffusion, config.evaluation, config.model, data)
+    apart = _are_apart(config, method, expert)
+    experts.check_folder(config, folder)
+    trainer = Trainer(method, config, data, folder, world, should_stop=should_stop)
     if world.decide(_is_scored(folder, protocol), device):
         return
-    trainer = Trainer(method, config, data, folder, world)
-    with ExitStack() as held:
-        refusal = _begin(config, folder, world, held) if world.is_main else None
-        if not world.decide(refusal is None, device):  # no rank waits for one that has given up
-            raise refusal or ValueError(f"rank 0 cannot begin run {folder.name}: see its message")
-        trained = _is_trained(folder)
-        if not world.is_main:  # takes its part in what the ranks do together; rank 0 writes
-            trainer.restore() if trained else trainer.fit()
-            with trainer.ema.applied():
-                _sample(trainer, sampler)
+    if apart and not world.decide(_is_trained(folder), device):
+        for index in range(len(method.intervals)) if expert is None else [expert]:
+            _train_expert(trainer, initial_flops, index, is_dead)
+        if not world.decide(experts.all_done(folder, len(method.intervals)), device):
             return
-        try:
-            if trained:
-                trainer.restore()
-            else:
-                trainer.fit()
-                write_json_atomically(folder / "summary.json", summary_of(trainer, initial_flops))
-            with trainer.ema.applied():
-                if not trained:
-                    write_diagnostics(trainer, folder)
-                samples, heldout_loss = _sample(trainer, sampler)
-            adm.write_samples(folder / "samples.npz", samples.images)
-            _score(folder, samples, heldout_loss, protocol, data, config.system.device)
+        if expert is not None and world.decide(lease.read(folder) is not None, device):
+            return  # the job of another expert puts the run together
+    with _held(trainer, folder, is_dead), left_cause(folder, world):
+        if _is_trained(folder):
+            trainer.restore()
+        else:
+            _assemble(trainer) if apart else trainer.fit()
+            if world.is_main:
+                summary = summary_of_jobs if apart else summary_of
+                write_json_atomically(folder / "summary.json", summary(trainer, initial_flops))
+        Finisher(trainer, sampler, protocol, data, trainer.should_stop).finish()
+        if world.is_main:
             read_back(folder)
             write_text_atomically(folder / "done", "")
-        except Diverged as error:
-            leave_cause(folder, "diverged", str(error))
-            raise
-        except Exception as error:
-            known = isinstance(error, ValueError)  # its message says it all
-            leave_cause(folder, "failed", str(error) if known else f"{type(error).__name__}: {error}")
-            raise
 
 
-def _begin(config: RunConfig, folder: Path, world: World, held: ExitStack) -> ValueError | None:
-    """Hold and prepare the run folder until `held` ends; what stands in the way, if anything."""
-    try:
-        held.enter_context(locked(folder))
-        prepare_folder(config, folder, world.size)
-        (folder / "failure.json").unlink(missing_ok=True)
-    except ValueError as error:
-        return error
-    return None
+def _are_apart(config: RunConfig, method: Method, expert: int | None) -> bool:
+    """Whether experts train in jobs of their own; ValueError if they cannot, or `expert` is none of them."""
+    apart = config.system.experts == "separate_jobs"
+    if apart:
+        experts.check(config, method)
+    if expert is not None and not (apart and 0 <= expert < len(method.intervals)):
+        allowed = f"choose one of 0 to {len(method.intervals) - 1}" if apart else "only with system.experts=separate_jobs"
+        raise ValueError(f"expert {expert} cannot be trained on its own: {allowed}")
+    return apart
+
+
+def _train_expert(of_all: Trainer, initial_flops: float, index: int, is_dead: Callable[[str], bool] | None) -> None:
+    """In a folder inside the run's, as far as it is not done already."""
+    config, folder, world = of_all.config, of_all.folder, of_all.world
+    assert folder is not None
+    if world.decide(experts.is_trained(folder, index), of_all.device):
+        return
+    method, _ = _initial_method(config, of_all.data, folder.parent)
+    place, own = expert_folder(folder, index), frozenset({index})
+    trainer = Trainer(method, config, of_all.data, place, world, of_all.cost, own, of_all.should_stop)
+    if world.is_main:
+        experts.begin(config, folder)
+    with _held(trainer, place, is_dead), left_cause(place, world):
+        experts.train_expert(trainer)
+
+
+def _assemble(trainer: Trainer) -> None:
+    """By rank 0; then all have the same."""
+    if trainer.world.is_main:
+        assemble(trainer)
+    trainer.world.barrier()
+    trainer.restore()
+
+
+@contextmanager
+def _held(trainer: Trainer, folder: Path, is_dead: Callable[[str], bool] | None) -> Iterator[None]:
+    """Hold and prepare the folder; inside, the trainer stops at once if another process takes it over."""
+    world, should_stop = trainer.world, trainer.should_stop
+    with ExitStack() as held:
+        refusal: ValueError | None = None
+        if world.is_main:
+            try:
+                ours = held.enter_context(locked(folder, is_dead))
+                prepare_folder(trainer.config, folder, world.size)
+                (folder / "failure.json").unlink(missing_ok=True)
+                trainer.should_stop = guarded(ours, should_stop)
+            except ValueError as error:
+                refusal = error
+        if not world.decide(refusal is None, trainer.device):  # no rank waits for one that has given up
+            raise refusal or ValueError(f"rank 0 cannot begin run {folder.name}: see its message")
+        yield
 
 
 def check(config: RunConfig) -> Cost:
@@ -149,7 +209,7 @@ def check(config: RunConfig) -> Cost:
     data = load_data(config.data)
     protocol_of(config.evaluation, data)
     make_sampler(config.diffusion, config.evaluation, config.model, data)
-    return Trainer(_initial_method(config, data)[0], config, data).cost
+    return Trainer(build_method(config, data), config, data).cost
 
 
 def is_scored(config: RunConfig, folder: Path) -> bool:
@@ -165,36 +225,6 @@ def _is_scored(folder: Path, protocol: EvalProtocol) -> bool:
 def _is_trained(folder: Path) -> bool:
     """Trained to the end. What was damaged and therefore deleted is made anew."""
     return all((folder / name).exists() for name in ("done", *OF_TRAINING))
-
-
-def prepare_folder(config: RunConfig, folder: Path, world_size: int = 1) -> None:
-    """Create the run folder with its configuration; ValueError if it cannot be written or holds another run."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if (folder / "config.yaml").exists():
-            there = read_config(folder)
-            if there.run_id != config.run_id:
-                raise ValueError(f"{folder} holds another run ({there.run_id}, not {config.run_id}): choose another folder")
-        for leftover in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
-            leftover.unlink()
-        write_text_atomically(folder / "config.yaml", config.to_yaml())
-        if not ((folder / "done").exists() and (folder / "provenance.json").exists()):
-            write_json_atomically(folder / "provenance.json", _add_session(folder, config, world_size))
-    except OSError as error:
-        raise ValueError(f"cannot write to {folder} ({error.strerror}): choose a folder that can be written") from None
-
-
-def _add_session(folder: Path, config: RunConfig, world_size: int) -> dict[str, Any]:
-    """The provenance of this process, with all sessions whose work the run's checkpoints hold."""
-    now = provenance(config.system.device, config.train.threads, world_size)
-    begun = any((folder / "checkpoints").glob("step-*"))
-    before = Run(folder).provenance.get("sessions", []) if begun else []
-    session = {key: now[key] for key in ("started", "commit", "dirty", "code_hash", "host", "device", "world_size", "command")}
-    hashes = list(dict.fromkeys(each["code_hash"] for each in [*before, session]))
-    if len(hashes) > 1:
-        others = ", ".join(hashes[:-1])
-        warnings.warn(f"run {folder.name} was begun by other code ({others}) and goes on with {hashes[-1]}", stacklevel=2)
-    return {**now, "code_hash": "+".join(hashes), "sessions": [*before, session]}
 
 
 def load_trained(folder: Path, overrides: list[str] | None = None) -> tuple[RunConfig, DataSource, Method]:
@@ -224,9 +254,11 @@ def evaluate_again(folder: Path, overrides: list[str]) -> dict[str, Any]:
     with locked(folder):
         trainer = Trainer(build_method(config, data), config, data, folder)
         trainer.restore()
+        finisher = Finisher(trainer, sampler, protocol, data)
         with trainer.ema.applied():
-            samples, heldout_loss = _sample(trainer, sampler)
-        return _score(folder, samples, heldout_loss, protocol, data, config.system.device)
+            _, record = finisher.score()
+        finisher.put_score(record)
+        return record
 
 
 def draw_samples(folder: Path, overrides: list[str]) -> Samples:
@@ -236,45 +268,48 @@ def draw_samples(folder: Path, overrides: list[str]) -> Samples:
     return sampler.draw(method, torch.device(config.system.device))
 
 
-def _initial_method(config: RunConfig, data: DataSource) -> tuple[Method, float]:
-    """The method as training begins, and the FLOPs that its initial weights cost elsewhere."""
+def num_separate_experts(config: RunConfig) -> int:
+    """How many experts of a run are trained in jobs of their own; 0: one job trains all."""
+    if config.system.experts != "separate_jobs":
+        return 0
+    data = load_data(config.data)
+    with torch.device("meta"):
+        method = build_method(config, data)
+    experts.check(config, method)
+    return len(method.intervals)
+
+
+def difference_of(run: Run) -> list[str]:
+    """The files that can change a run's numbers and are not what they were when it was made; empty for one not begun.
+
+    Of methods, its own file and what that imports: another method may be added or mended.
+    """
+    before = run.provenance.get("code_files")
+    if before is None:
+        return []
+    changed = code_difference(before, code_files())
+    method = METHODS.get(str(run.config["method"]))
+    if method is None:
+        return changed
+    concerns = {f"{module.replace('.', '/')}.py" for module in ("methods.initial", *imported_methods(method.__module__))}
+    return [what for what in changed if not what.startswith("methods/") or what.split()[0] in concerns]
+
+
+def _initial_method(config: RunConfig, data: DataSource, runs_folder: Path) -> tuple[Method, float]:
+    """The method as training begins, and the FLOPs that its initial weights cost elsewhere. `run:ID` is a run in that folder."""
     method = build_method(config, data)
-    if not config.train.init_from:
+    given = config.train.init_from
+    if not given:
         return method, 0.0
-    source = Path(config.train.init_from)
+    source = runs_folder / given.removeprefix(RUN) if given.startswith(RUN) else Path(given)
+    if given.startswith(RUN) and not (source / "done").exists():
+        raise ValueError(f"train.init_from is {given}, a run that is not done in {runs_folder}: train it first")
     if not source.is_dir():
         method.load_dense(read_weights(source))
         return method, float("nan")
     _, _, trained = load_trained(source)
     network = getattr(trained, "network", None)
     if not isinstance(network, DiT):
-        raise ValueError(f"train.init_from is {source}, whose method has no plain backbone: give a run of one or a weights file")
+        raise ValueError(f"train.init_from is {given}, whose method has no plain backbone: give a run of one or a weights file")
     method.load_dense(network.state_dict())
     return method, float(read_run(source).summary.get("train_flops", float("nan")))
-
-
-def _sample(trainer: Trainer, sampler: Sampler) -> tuple[Samples, float]:
-    """Images, and the mean held-out loss, of the weights as they are; every rank takes part."""
-    samples = sampler.draw(trainer.method, trainer.device, trainer.world)
-    losses = heldout_losses(trainer.method, trainer.objective, trainer.heldout, trainer.world, trainer.device)
-    return samples, sum(losses) / len(losses)
-
-
-def _score(
-    folder: Path, samples: Samples, heldout_loss: float, protocol: EvalProtocol, data: DataSource, device: str
-) -> dict[str, Any]:
-    """Score, and put the record into `eval.json` in place of one under the same protocol."""
-    record = {
-        "protocol_hash": protocol.hash,
-        "protocol": protocol.content,
-        "n": len(samples.images),
-        "metrics": score(samples.images, samples.labels, protocol, data, device),
-        "sample_images_per_second": samples.images_per_second,
-        "network_evaluations_per_sample": samples.network_evaluations_per_sample,
-        "heldout_loss": heldout_loss,
-        "code_hash": code_hash(),
-        "scored": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-    others = [other for other in Run(folder).evaluations if other["protocol_hash"] != protocol.hash]
-    write_json_atomically(folder / "eval.json", [*others, record])
-    return record

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench.curve import WEIGHTS
 from bench.distributed import World
 from bench.files import read_json, write_json_atomically
 from bench.intervals import Interval
@@ -41,7 +42,8 @@ class Record:
     """One optimiser step, left on the device until it is looked at. Losses are those of all ranks, samples this rank's."""
 
     def __init__(self, interval: Interval, step: int, losses: dict[str, Tensor], samples: dict[str, Tensor], t: Tensor) -> None:
-        self.interval, self.step, self.losses, self.samples, self.t = interval, step, losses, samples, t
+        self.interval, self.step, self.samples, self.t = interval, step, samples, t
+        self.losses = {name: loss.float() for name, loss in losses.items()}
 
     def check(self, world: World) -> None:
         """Diverged, with the same message on all ranks, if a number is not finite: the first term with samples that are
@@ -84,7 +86,8 @@ class Journal:
         losses = []
         for interval, records in sorted(by_interval.items()):
             names = records[0].losses
-            means = {name: float(torch.stack([r.losses[name] for r in records]).mean()) for name in names}
+            device = records[-1].t.device  # those that came out of a checkpoint are on the CPU
+            means = {name: float(torch.stack([r.losses[name].to(device) for r in records]).mean()) for name in names}
             edges = {"interval": interval.index, "start": interval.start, "stop": interval.stop}
             self.write({"kind": "train", **place, **edges, "num_steps": len(records), **means, "lr": lr})
             losses += [means["loss"]] * len(records)
@@ -119,9 +122,15 @@ class Journal:
     def last_heartbeat(self) -> dict[str, Any] | None:
         return read_json(self.folder / "progress.json", dict) or None if self.folder else None
 
-    def position(self) -> dict[str, int]:
-        """Where the journal stands, for `rewind`; what was written is on disk, as the checkpoint that holds this will be."""
-        position = {"metrics_bytes": 0, "latest_snapshot": -1}
+    def position(self) -> dict[str, Any]:
+        """Where the journal stands, for `rewind`: what was written is on disk, as the checkpoint that holds this will be, and
+        the (checked) records that no line tells of yet are in it.
+        """
+        pending = [
+            {"interval": list(r.interval), "step": r.step, "losses": {name: float(loss) for name, loss in r.losses.items()}}
+            for r in self.pending
+        ]
+        position: dict[str, Any] = {"metrics_bytes": 0, "latest_snapshot": -1, "pending": pending}
         if self.folder is None:
             return position
         path = self.folder / "metrics.jsonl"
@@ -129,15 +138,17 @@ class Journal:
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
                 position["metrics_bytes"] = file.seek(0, os.SEEK_END)
-        for snapshot in self.folder.glob(SNAPSHOTS):
+        for snapshot in (*self.folder.glob(SNAPSHOTS), *self.folder.glob(WEIGHTS)):
             position["latest_snapshot"] = max(position["latest_snapshot"], _images_of(snapshot))
         return position
 
-    def rewind(self, position: dict[str, int] | None) -> None:
+    def rewind(self, position: dict[str, Any] | None) -> None:
         """Drop what was written after a checkpoint (None: everything); ValueError if something from before it is gone."""
         if self.folder is None:
             return
-        position = position or {"metrics_bytes": 0, "latest_snapshot": -1}
+        position = position or {"metrics_bytes": 0, "latest_snapshot": -1, "pending": []}
+        self.pending = [_record(of_step) for of_step in position["pending"]]
+        self.num_checked = len(self.pending)
         path = self.folder / "metrics.jsonl"
         size = path.stat().st_size if path.exists() else 0
         if size < position["metrics_bytes"]:
@@ -145,10 +156,17 @@ class Journal:
         if size:
             with open(path, "rb+") as file:
                 file.truncate(position["metrics_bytes"])
-        for snapshot in self.folder.glob(SNAPSHOTS):
+        for snapshot in (*self.folder.glob(SNAPSHOTS), *self.folder.glob(WEIGHTS)):
             if _images_of(snapshot) > position["latest_snapshot"]:
                 snapshot.unlink()
 
 
+def _record(of_step: dict[str, Any]) -> Record:
+    """As it comes out of a checkpoint: checked, so without its samples."""
+    losses = {name: torch.tensor(loss) for name, loss in of_step["losses"].items()}
+    return Record(Interval(*of_step["interval"]), of_step["step"], losses, {}, torch.empty(0))
+
+
 def _images_of(snapshot: Path) -> int:
-    return int(snapshot.stem.removeprefix("images-"))
+    """In the file's name, after what it holds."""
+    return int(snapshot.stem.rpartition("-")[2])

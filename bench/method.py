@@ -42,6 +42,7 @@ class Method(nn.Module):
     """
 
     intervals: tuple[Interval, ...]
+    independent_experts: bool = False  # whether no two intervals share a parameter: they can be trained apart
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, interval: Interval, progress: float = 0.0) -> Prediction:
         """Training pass. x (B, C, H, W) float; t (B,), all in `interval`; y (B,) int64, `num_classes` = no label;
@@ -70,7 +71,8 @@ class Method(nn.Module):
 
     def diagnostics(self, probe: Probe | None = None) -> Diagnostics:
         """What there is to see inside: `mixing_coefficients` (expert, basis), `expert_usage` (block, expert),
-        `routing` (block, timestep, expert), `channel_mask` (timestep, channel) ... Without a probe, only what needs no data.
+        `routing` (block, timestep, expert), `routing_by_position` (block, position, expert), `routing_by_class` (block, class,
+        expert), `channel_mask` (timestep, channel) ... Without a probe, only what needs no data.
         """
         return {}
 

@@ -1,66 +1,117 @@
 """Which code, on which machine, made a number?"""
 
+import ast
 import hashlib
 import os
 import platform
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from bench.files import read_json
+
 ROOT = Path(__file__).resolve().parent.parent
 PRESENTATION = {
-    "__main__",
-    "arrays",
-    "cli",
-    "demo",
-    "figures",
-    "files",
-    "plots",
-    "progress",
-    "provenance",
-    "runs",
-    "show",
-    "suite",
-    "tables",
+    *("__main__", "cli", "demo", "progress", "sweeps", "sweep_views", "planning", "memory", "suite"),
+    *("arrays", "files", "lease", "prepare", "provenance", "runs", "stopping"),
+    *("figures", "plots", "published", "show", "statistics", "tables", "tidy", "watch"),
 }  # modules of bench that change no number
 LIBRARIES = ("torch", "timm", "torch-fidelity", "numpy", "scipy", "scikit-learn")
 
 
-@lru_cache(maxsize=1)
+SLURM = {  # what is kept of a job's environment
+    "job_id": "SLURM_JOB_ID",
+    "array_job_id": "SLURM_ARRAY_JOB_ID",
+    "array_task_id": "SLURM_ARRAY_TASK_ID",
+    "restart_count": "SLURM_RESTART_COUNT",
+    "nodes": "SLURM_JOB_NODELIST",
+    "cluster": "SLURM_CLUSTER_NAME",
+}
+
+
 def code_hash() -> str:
     """A hash of the files that can change a run's numbers: methods, and what trains, samples and scores them."""
-    digest = hashlib.sha256()
-    for path in sorted(
-        [*(ROOT / "methods").rglob("*.py"), *(ROOT / "bench").rglob("*.py"), *(ROOT / "bench").rglob("*.safetensors")]
-    ):
-        relative = path.relative_to(ROOT)
-        if relative.parts[0] == "bench" and PRESENTATION & {part.removesuffix(".py") for part in relative.parts[1:]}:
-            continue
-        digest.update(f"{relative.as_posix()}\n".encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
+    return _read_code()[0]
+
+
+def code_files() -> dict[str, str]:
+    """Relative path -> short hash of exactly the files behind `code_hash`."""
+    return dict(_read_code()[1])
+
+
+def code_difference(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """What happened to each file that is not the same, by path; both arguments as from `code_files`."""
+    changed = {path: "changed" for path in before.keys() & now.keys() if before[path] != now[path]}
+    removed, added = dict.fromkeys(before.keys() - now.keys(), "removed"), dict.fromkeys(now.keys() - before.keys(), "added")
+    return [f"{path} {what}" for path, what in sorted((changed | removed | added).items())]
+
+
+def imported_methods(module: str) -> set[str]:
+    """A module of `methods`, and those of them that it imports, and they in turn."""
+    found, to_read = {module}, [module]
+    while to_read:
+        path = ROOT / f"{to_read.pop().replace('.', '/')}.py"
+        nodes = ast.walk(ast.parse(path.read_text())) if path.is_file() else ()
+        imported = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+        new = {name for name in imported if name.startswith("methods.")} - found
+        found |= new
+        to_read += sorted(new)
+    return found
 
 
 def provenance(device: str, threads: int, world_size: int) -> dict[str, Any]:
-    """What is stored beside every run."""
+    """What is stored beside every run. What does not apply, such as `slurm` on a laptop or `driver` on a CPU, is None."""
+    version = version_of(ROOT)
     return {
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": None if (status := _git("status", "--porcelain")) is None else bool(status),
+        "commit": version["commit"],
+        "dirty": version["dirty"],
+        "snapshot": snapshot_of(ROOT).get("hash"),
         "code_hash": code_hash(),
         "python": platform.python_version(),
         "libraries": {name: metadata.version(name) for name in LIBRARIES},
         "platform": platform.platform(),
         "host": platform.node(),
+        "node": os.environ.get("SLURMD_NODENAME", platform.node()),
+        "slurm": {key: os.environ.get(variable) for key, variable in SLURM.items()},
         "device": device_name(device),
+        **gpu_versions(device),
         "cpu_count": os.cpu_count(),
         "threads": threads,
         "world_size": world_size,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "code_files": code_files(),
+        "diff": version["diff"],
     }
+
+
+def version_of(root: Path) -> dict[str, Any]:
+    """`commit`, `dirty` and `diff` (against the commit, with the names of new files; "" if clean) of a tree of this code.
+
+    A snapshot knows them of the tree that it was taken from. All are None where git does not track the tree.
+    """
+    keys = ("commit", "dirty", "diff")
+    if snapshot := snapshot_of(root):
+        return {key: snapshot.get(key) for key in keys}
+    tracked = _git(root, "ls-files", "--error-unmatch", "bench/__init__.py")  # else git knows a repository around it
+    commit = _git(root, "rev-parse", "--verify", "HEAD")
+    diff = _git(root, "diff", "--no-color", "--no-ext-diff", "--no-textconv", "HEAD")
+    if tracked is None or commit is None or diff is None:
+        return dict.fromkeys(keys)
+    new = (_git(root, "ls-files", "--others", "--exclude-standard") or "").splitlines()
+    diff = "".join(f"new file: {name}\n" for name in new) + diff  # git apply skips what comes before a diff
+    return {"commit": commit.strip(), "dirty": bool(diff), "diff": diff}
+
+
+def snapshot_of(root: Path) -> dict[str, Any]:
+    """What `snapshot.json` says where the tree is a snapshot (`slurm.snapshot`); else empty."""
+    snapshot: dict[str, Any] = read_json(root / "snapshot.json", dict)
+    return snapshot
 
 
 def device_name(device: str) -> str:
@@ -77,10 +128,46 @@ def device_name(device: str) -> str:
     return platform.processor() or platform.machine()
 
 
-def _git(*arguments: str) -> str | None:
-    """A git command's output, None outside a git checkout."""
+def gpu_versions(device: str) -> dict[str, str | None]:
+    """`driver`, `cuda` and `cudnn` on a GPU; None each on a CPU."""
+    if not device.startswith("cuda"):
+        return {"driver": None, "cuda": None, "cudnn": None}
+    import torch
+
+    drivers = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or ""
+    cudnn = torch.backends.cudnn.version()
+    return {
+        "driver": next(iter(drivers.split()), None),  # one line for each GPU
+        "cuda": torch.version.cuda,
+        "cudnn": None if cudnn is None else str(cudnn),
+    }
+
+
+@lru_cache(maxsize=1)
+def _read_code() -> tuple[str, dict[str, str]]:
+    """Hash of all, and of each. Read once, so that the hash is of the files listed, whatever is edited meanwhile."""
+    digest, files = hashlib.sha256(), {}
+    for path in sorted(
+        [*(ROOT / "methods").rglob("*.py"), *(ROOT / "bench").rglob("*.py"), *(ROOT / "bench").rglob("*.safetensors")]
+    ):
+        relative = path.relative_to(ROOT)
+        if relative.parts[0] == "bench" and PRESENTATION & {part.removesuffix(".py") for part in relative.parts[1:]}:
+            continue
+        content = path.read_bytes()
+        digest.update(f"{relative.as_posix()}\n".encode() + content)
+        files[relative.as_posix()] = hashlib.sha256(content).hexdigest()[:12]
+    return digest.hexdigest()[:12], files
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    """A git command's output; None outside a git checkout."""
+    return _output("git", "--no-optional-locks", "-C", str(root), *arguments)
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints; None if it is not installed or fails. Bytes that are no text, as a diff can hold, are escaped."""
     try:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, check=False)
     except FileNotFoundError:
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return done.stdout.decode(errors="backslashreplace") if done.returncode == 0 else None

@@ -1,9 +1,10 @@
 """What does a run leave in its folder, and how is the folder kept from harm?"""
 
-import fcntl
 import io
+import itertools
 import resource
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -12,49 +13,85 @@ import numpy as np
 import torch
 
 from bench import checkpoint
+from bench.arrays import read_trajectory
+from bench.distributed import World
 from bench.files import write_bytes_atomically, write_json_atomically
 from bench.heldout import probe_of
-from bench.runs import read_run, read_samples
-from bench.trainer import Trainer
+from bench.journal import Diverged
+from bench.lease import CANDIDATES, Lease, LeaseLost, hold
+from bench.runs import expert_folders, read_run, read_samples
+from bench.trainer import Interrupted, Trainer
 
 OWN_JSON = ("provenance.json", "progress.json", "failure.json", "summary.json", "eval.json")
 OWN = (  # patterns of all that a run writes
-    *("config.yaml", *OWN_JSON, "metrics.jsonl", "diagnostics.npz", "samples.npz", "samples.npz.partial", ".*.tmp"),
-    *("log.txt", "lock", "done", "checkpoints/step-*", "checkpoints/.tmp*", "snapshots/images-*.npz"),
+    *("config.yaml", *OWN_JSON, "metrics.jsonl", "diagnostics.npz", "curve.json", "samples.npz", "samples.npz.partial", ".*.tmp"),
+    *("trajectory.npz", "log.txt", "lock", "done", "checkpoints/step-*", "checkpoints/.tmp*"),
+    *("job.json", "restarts.json", ".claim"),
+    *("snapshots/images-*.npz", "snapshots/weights-*.safetensors", "snapshots/.*.tmp"),
 )
 
 
 def clear(folder: Path) -> None:
     """Remove what a run has written; its folders too, unless they hold something else. ValueError while it is worked on."""
     with locked(folder):
+        for place in expert_folders(folder).values():
+            clear(place)
         for pattern in OWN:
             for path in folder.glob(pattern):
                 path.unlink()
-    for emptied in (folder / "checkpoints", folder / "snapshots", folder):
+        for path in (*folder.glob(CANDIDATES), *folder.glob("parts")):
+            shutil.rmtree(path)
+    for emptied in (folder / "checkpoints", folder / "snapshots", folder / "experts", folder):
         if emptied.is_dir() and not any(emptied.iterdir()):
             emptied.rmdir()
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the run folder; ValueError if another process on this machine holds it."""
+def locked(folder: Path, is_dead: Callable[[str], bool] | None = None) -> Iterator[Lease]:
+    """Hold the run folder; ValueError if another process, here or on another machine, holds it. See `bench.lease.hold`."""
+    with hold(folder, is_dead) as lease:
+        yield lease
+
+
+def guarded(lease: Lease, should_stop: Callable[[], bool]) -> Callable[[], bool]:
+    """`should_stop`, which raises LeaseLost once another process may hold the run."""
+
+    def should_stop_or_has_lost_it() -> bool:
+        if lease.lost:
+            lease.check()
+        return should_stop()
+
+    return should_stop_or_has_lost_it
+
+
+def set_aside(folder: Path) -> Path:
+    """Keep a run folder under another name in `set_aside` beside it, so that the run can start over; its new place."""
+    shelf = folder.parent / "set_aside"
+    shelf.mkdir(exist_ok=True)
+    with locked(folder):
+        code = str(read_run(folder).provenance.get("code_hash", "unknown"))
+        names = (f"{folder.name}-{code}" + (f"-{n}" if n else "") for n in itertools.count())
+        place = next(path for path in (shelf / name for name in names) if not path.exists())
+        folder.rename(place)
+    shutil.rmtree(place / "lease", ignore_errors=True)  # ours, which could not be found to be removed
+    return place
+
+
+@contextmanager
+def left_cause(folder: Path, world: World) -> Iterator[None]:
+    """Whatever fails inside leaves `failure.json`: whether the run `failed` or `diverged`, and why in one sentence."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / "lock", "w")  # noqa: SIM115  (held until the end of the block)
-    except OSError as error:
-        raise ValueError(f"cannot write to {folder} ({error.strerror}): choose a folder that can be written") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"run {folder.name} is being worked on by another process: wait for it or stop it first") from None
         yield
-
-
-def leave_cause(folder: Path, state: str, cause: str) -> None:
-    """`failure.json`: why a run `failed` or `diverged`, in one sentence."""
-    with suppress(OSError):  # a full disk, say: the error that is on its way up tells more
-        write_json_atomically(folder / "failure.json", {"state": state, "cause": cause})
+    except (Interrupted, LeaseLost):  # no failure; and what is another's now is not written to
+        raise
+    except Exception as error:
+        known = isinstance(error, Diverged | ValueError)  # its message says it all
+        state = "diverged" if isinstance(error, Diverged) else "failed"
+        cause = str(error) if known else f"{type(error).__name__}: {error}"
+        with suppress(OSError):  # a full disk, say: the error that is on its way up tells more
+            if world.is_main:
+                write_json_atomically(folder / "failure.json", {"state": state, "cause": cause})
+        raise
 
 
 def summary_of(trainer: Trainer, initial_flops: float) -> dict[str, Any]:
@@ -110,6 +147,7 @@ def read_back(folder: Path) -> None:
         "metrics.jsonl": len(run.metrics),
         "diagnostics.npz": len(run.diagnostics),
         "samples.npz": len(samples) if (samples := read_samples(folder)) is not None else 0,
+        "trajectory.npz": len(trajectory.images) if (trajectory := read_trajectory(folder)) is not None else 0,
     }
     if empty := [name for name, size in found.items() if not size]:
         raise ValueError(f"{', '.join(empty)} in {folder} is missing or empty: delete the folder and train the run again")

@@ -1,33 +1,58 @@
 """How do the runs of a folder become results.csv, tables and figures beside them?"""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from rich.console import Console
 
-from bench import plots, runs, tables
+from bench import plots, runs, tables, tidy
 
 
-def tidy(folder: Path, protocol_hash: str = "") -> pd.DataFrame:
-    """The tidy results of a folder: from its runs or, where they are not kept, from its `results.csv`."""
-    if (folder / "results.csv").is_file() and not runs.find_runs(folder, protocol_hash):
-        return runs.read_results(folder / "results.csv")
-    return tidy_runs(folder, find(folder, protocol_hash))
+def results_of(folder: Path, protocol_hash: str = "") -> tidy.Results:
+    """The results of a folder: from its runs or, where they are not kept, from its `results.csv`."""
+    if (folder / tidy.RESULTS).is_file() and not runs.find_runs(folder, protocol_hash):
+        return tidy.read(folder)
+    return results_of_runs(folder, find(folder, protocol_hash))
 
 
-def tidy_runs(folder: Path, found: Sequence[runs.Run]) -> pd.DataFrame:
-    """The tidy results of these runs, with the folder's floor."""
-    return runs.tidy(found, floor_of(folder, found))
+def results_of_runs(folder: Path, found: Sequence[runs.Run]) -> tidy.Results:
+    """The results of these runs, with the folder's floor."""
+    return tidy.gather(found, floor_of(folder, found))
 
 
-def write_tables(folder: Path, frame: pd.DataFrame, suite: dict[str, Any], console: Console) -> None:
-    """`results.csv`, `table.md` and `table.tex` from the tidy results; prints the table."""
-    table = tables.comparison(frame, suite)
-    tables.write_tables(table, frame, folder)
-    console.print(tables.to_rich(table))
+def collect(folder: Path) -> list[Path]:
+    """`results.csv` and `runs.json` of a folder's runs; the files written."""
+    return tidy.write(results_of_runs(folder, find(folder)), folder)
+
+
+def write_tables(
+    folder: Path,
+    results: tidy.Results,
+    suite: Mapping[str, Any],
+    console: Console,
+    protocol_hash: str = "",
+    allow: Collection[str] = (),
+) -> list[Path]:
+    """The results and the tables of them, which are printed too; the files written."""
+    made = tables.comparisons(results.frame, suite, protocol_hash, allow)
+    paths = tables.write_tables(made, results, folder)
+    for table in made:
+        console.print(tables.to_rich(table))
+    return paths
+
+
+def explain(
+    folder: Path,
+    suite: Mapping[str, Any],
+    cell: tuple[str, str, str],
+    protocol_hash: str = "",
+    allow: Collection[str] = (),
+) -> str:
+    """Where a cell (table, row, column, as printed) of a folder's tables comes from; arguments as the tables were made with."""
+    results = results_of(folder, protocol_hash)
+    return tables.explain(tables.comparisons(results.frame, suite, protocol_hash, allow), results, *cell)
 
 
 def write_figures(folder: Path, found: Sequence[runs.Run], suite: dict[str, Any]) -> list[Path]:
@@ -35,7 +60,7 @@ def write_figures(folder: Path, found: Sequence[runs.Run], suite: dict[str, Any]
     floor = floor_of(folder, found)
     for run in found:
         runs.read_all(run)
-    tables.shared_protocol(runs.tidy([run for run in found if run.evaluations], floor))
+    tables.shared_protocol(tidy.tidy([run for run in found if run.evaluations], floor))
     images, class_names = real_images(found[0].config)
     return plots.make_figures(found, suite, folder / "figures", floor=floor, real_images=images, class_names=class_names)
 

@@ -1,8 +1,9 @@
 """How is a method trained? One set-up and one loop for all of them; which method it is, is never asked."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -10,25 +11,36 @@ from torch import Tensor
 from bench import checkpoint
 from bench.budget import Budget, plan
 from bench.config import RunConfig
+from bench.curve import keep_weights
 from bench.data import DataSource
-from bench.distributed import World
+from bench.distributed import Agreement, World
 from bench.ema import EMA
 from bench.flops import Cost
 from bench.flops import measure as measure_cost
-from bench.heldout import heldout_losses, make_heldout_set
+from bench.heldout import bin_rows, item_losses, item_row, make_heldout_set
 from bench.intervals import interval_at_step
 from bench.journal import Journal, Record
 from bench.learning_rate import lr_factor
-from bench.method import Method, load_exactly
+from bench.method import Method
 from bench.objective import make_objective
 from bench.progress import TrainingBar
 from bench.randomness import Batch, draw_batch
+from bench.training_state import counters_of, take, tensors_of
+
+
+class Interrupted(RuntimeError):
+    """A run was asked to stop before its end. Its last checkpoint holds all that it has done."""
+
+
+def never() -> bool:
+    return False
 
 
 class Trainer:
     """Trains `method` in place. With a `folder`, it logs, saves, and resumes from what it finds there.
 
-    `experts`: train only the steps of these intervals, as a job of its own; by default all.
+    `experts`: train only the steps of these intervals, as a job of its own; by default all. `should_stop` is asked at
+    every step: when it is true on any rank, all save at the same step and raise Interrupted.
     """
 
     def __init__(
@@ -40,10 +52,12 @@ class Trainer:
         world: World | None = None,
         cost: Cost | None = None,
         experts: frozenset[int] | None = None,
+        should_stop: Callable[[], bool] = never,
     ) -> None:
-        self.config, self.data, self.folder, self.experts = config, data, folder, experts
+        self.config, self.data, self.folder, self.experts, self.should_stop = config, data, folder, experts, should_stop
         self.world = world or World()
         self.device = torch.device(config.system.device)
+        self.intervals = tuple(i for i in method.intervals if experts is None or i.index in experts)
         torch.set_num_threads(config.train.threads)
         self.method = method.to(self.device)
         self.objective = make_objective(config.diffusion, config.model, method)
@@ -126,14 +140,20 @@ class Trainer:
     # The loop
 
     def fit(self) -> None:
-        """Train until the budget is spent, from the last checkpoint in the folder if there is one."""
+        """Train until the budget is spent, from the last checkpoint in the folder if there is one. Raises Interrupted when
+        asked to stop, with everything saved.
+        """
         self.resume()
+        stop = Agreement(self.world)
         with self.bar:
             while not self.finished():
+                if stop.ask(self.should_stop()):
+                    stop.settle()
+                    self.save_for_later()
                 self.measure_heldout_if_due()
                 started = time.perf_counter()
                 interval = interval_at_step(self.steps_done, self.method.intervals, self.config.seed)
-                if self.experts is None or interval.index in self.experts:
+                if interval in self.intervals:
                     batch = draw_batch(self.steps_done, interval, self.config, self.data, self.spent, self.share)
                     self.step(batch)
                 else:
@@ -145,9 +165,18 @@ class Trainer:
                 if due:
                     self.flush()
                     self.save_if_due()
+        stop.settle()
         self.measure_heldout_if_due()
         self.flush()
         self.save()
+
+    def save_for_later(self) -> NoReturn:
+        """Leave everything as the step to come needs it; raises Interrupted on all ranks, once rank 0 has saved."""
+        self.journal.check_finite()
+        self.journal.heartbeat({**self._place(), "lost": self.lost})
+        self.save()
+        self.world.decide(True, self.device)
+        raise Interrupted(f"stopped after step {self.steps_done}; everything is saved")
 
     @property
     def spent(self) -> float:
@@ -176,17 +205,27 @@ class Trainer:
             return
         self.heldout_points = int(self.spent * self.config.heldout.points) + 1
         with self.ema.applied():
-            losses = heldout_losses(self.method, self.objective, self.heldout, self.world, self.device)
+            losses = item_losses(self.method, self.objective, self.heldout, self.world, self.device, self.intervals)
             snapshot = self.method.diagnostics() if self.folder else {}
-        per_bin = self.config.heldout.images_per_bin
-        for place, loss in zip(self.heldout.bins, losses, strict=True):
-            row = {"bin": place.index, "start": place.start, "stop": place.stop, "loss": loss, "n": per_bin}
-            self.journal.write({"kind": "heldout", **self._place(), **row})
+            if self.folder and self.curve_point_is_here():
+                images_of_all = self.steps_done * self.config.train.batch_size  # one place for jobs that train apart
+                keep_weights(self.folder, self.method, {**self._place(), "images_seen": images_of_all})
+        if self.experts is None:
+            for row in bin_rows(self.heldout, losses):
+                self.journal.write({"kind": "heldout", **self._place(), **row})
+        else:  # of a bin's images only some, it may be: it takes all experts to tell its mean
+            self.journal.write({"kind": "heldout items", **self._place(), **item_row(self.heldout, losses, self.intervals)})
         self.journal.snapshot(self.images_seen, snapshot)
 
     def heldout_is_due(self) -> bool:
         points = self.config.heldout.points
         return self.heldout_points <= points and self.spent * points >= self.heldout_points
+
+    def curve_point_is_here(self) -> bool:
+        """Whether the held-out loss that was just measured is one at which the weights are kept, to be scored later."""
+        every, point = self.config.evaluation.curve_every, self.heldout_points - 1
+        writes = self.folder is not None and self.world.is_main
+        return writes and every > 0 and point % every == 0 and 0 < point < self.config.heldout.points
 
     def flush(self) -> None:
         """Write what was recorded since the last time, and refuse to go on with numbers that are not finite."""
@@ -218,29 +257,14 @@ class Trainer:
         self.last_save = time.monotonic()
         if self.folder is None or not self.world.is_main:
             return
-        names = {parameter: name for name, parameter in self._named_parameters().items()}
-        tensors = {f"model.{name}": tensor for name, tensor in self.method.state_dict().items()}
-        tensors |= {f"objective.{name}": tensor for name, tensor in self.objective.module.state_dict().items()}
-        tensors |= {f"ema.{name}": tensor for name, tensor in self.ema.state().items()}
-        for parameter, state in self.optimizer.state.items():
-            tensors |= {f"optimizer.{names[parameter]}.{key}": value for key, value in state.items()}  # type: ignore[index]
-        counters = {
-            "steps_done": self.steps_done,
-            "updates": self.updates,
-            "device_seconds": self.device_seconds,
-            "lost": self.lost,
-            "heldout_points": self.heldout_points,
-            "ema_images_seen": self.ema.images_seen,
-            "journal": self.journal.position(),
-        }
-        checkpoint.save(self.folder / "checkpoints", self.steps_done, tensors, counters)
+        checkpoint.save(self.folder / "checkpoints", self.steps_done, tensors_of(self), counters_of(self))
 
     def restore(self) -> None:
         """Take the newest sound checkpoint's state, to evaluate it; ValueError if there is none."""
         found = checkpoint.load_latest(self.folder / "checkpoints") if self.folder else None
         if found is None:
             raise ValueError(f"{self.folder} holds no checkpoint yet: train the run first")
-        self._restore(found)
+        take(self, found)
 
     def resume(self) -> None:
         """Continue from the newest sound checkpoint; without one, from the start."""
@@ -248,34 +272,10 @@ class Trainer:
         heartbeat = self.journal.last_heartbeat()
         self.journal.rewind(found.counters["journal"] if found else None)
         if found:
-            self._restore(found)
+            take(self, found)
         if heartbeat:  # it knows what earlier crashes undid, too; written at once, as the next may come before the next flush
             images = max(0, heartbeat["images_seen"] - self.images_seen)
             seconds = max(0.0, heartbeat["device_seconds"] - self.device_seconds)
             before = heartbeat["lost"]
             self.lost = {"images": before["images"] + images, "device_seconds": before["device_seconds"] + seconds}
             self.journal.heartbeat({**self._place(), "lost": self.lost})
-
-    def _named_parameters(self) -> dict[str, torch.nn.Parameter]:
-        """The method's parameters, and what the loss itself learns."""
-        of_loss = {f"loss:{name}": parameter for name, parameter in self.objective.module.named_parameters()}
-        return dict(self.method.named_parameters()) | of_loss
-
-    def _restore(self, found: checkpoint.Checkpoint) -> None:
-        tensors, counters = found
-        load_exactly(self.method, _under("model.", tensors), f"the checkpoint in {self.folder}")
-        self.objective.module.load_state_dict(_under("objective.", tensors))
-        self.ema.load(_under("ema.", tensors), counters["ema_images_seen"])
-        states = _under("optimizer.", tensors)
-        named = self._named_parameters()
-        self.optimizer.state.clear()
-        for key, value in states.items():
-            name, _, entry = key.rpartition(".")
-            self.optimizer.state[named[name]][entry] = value.to(self.device)
-        self.steps_done, self.updates = counters["steps_done"], counters["updates"]
-        self.device_seconds, self.lost = counters["device_seconds"], counters["lost"]
-        self.heldout_points = counters["heldout_points"]
-
-
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -16,7 +16,8 @@ an exact start from a dense model) is not in the paper.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -239,20 +240,48 @@ class DiTMoE(Method):
 
     @torch.no_grad()
     def diagnostics(self, probe: Probe | None = None) -> Diagnostics:
-        """Routing is by token, so it is seen on the probe: shares over all tokens of each of 20 groups of timesteps
-        (NaN for a group that the probe does not reach)."""
+        """Routing is by token, so it is seen on the probe: each expert's share of the assignments in each of 20 groups of
+        timesteps, at each position (in raster order) and in each class; NaN where the probe has no image."""
         if probe is None:
             return {}
-        num_groups = min(20, self.num_timesteps)
+        num_groups, num_classes = min(20, self.num_timesteps), self.network.shape.num_classes
         group = timestep_index(probe.t, self.num_timesteps) * num_groups // self.num_timesteps
         routing = probe.x.new_full((len(self.network.blocks), num_groups, self.experts), float("nan"))
+        by_position, by_class = [], probe.x.new_zeros((len(self.network.blocks), num_classes + 1, self.experts))
         for g in group.unique().tolist():  # a group without an image stays NaN
             inside = group == g
-            routing[:, g] = self.denoise_and_route(probe.x[inside], probe.t[inside], probe.y[inside])[2]
+            with self.assignments() as of_blocks:
+                routing[:, g] = self.denoise_and_route(probe.x[inside], probe.t[inside], probe.y[inside])[2]
+            counts = torch.stack(of_blocks).view(len(of_blocks), int(inside.sum()), -1, self.experts)  # (L, B, N, E)
+            by_position.append(counts.sum(dim=1))
+            by_class.index_add_(1, probe.y[inside], counts.sum(dim=2).to(by_class))
+        at_position = torch.stack(by_position).sum(dim=0)
         return {
             "routing": (("block", "timestep", "expert"), routing.cpu().numpy()),
+            "routing_by_position": (("block", "position", "expert"), shares(at_position).cpu().numpy()),
+            "routing_by_class": (("block", "class", "expert"), shares(by_class[:, :num_classes]).cpu().numpy()),
             "expert_usage": (("block", "expert"), routing.nanmean(dim=1).cpu().numpy()),
         }
+
+    @contextmanager
+    def assignments(self) -> Iterator[list[Tensor]]:
+        """Filled, for each block that runs inside, with how often each token (image by image) went to each expert (B*N, E)."""
+        of_blocks: list[Tensor] = []
+
+        def keep(router: nn.Module, inputs: object, output: tuple[Tensor, Tensor, Tensor]) -> None:
+            of_blocks.append(F.one_hot(output[1], self.experts).sum(dim=1))
+
+        hooks = [block.mlp.router.register_forward_hook(keep) for block in self.network.blocks]
+        try:
+            yield of_blocks
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def shares(counts: Tensor) -> Tensor:
+    """Assignments (..., E) as shares of their sum over experts; NaN where there are none."""
+    return counts / counts.sum(dim=-1, keepdim=True)
 
 
 def balance_loss(mean_probability: Tensor, share: Tensor) -> Tensor:

@@ -25,6 +25,8 @@ from methods.backbone import DiT, Shape
 class MultiExpert(Method):
     """`experts` backbones, the i-th over the i-th of as many intervals."""
 
+    independent_experts = True
+
     def __init__(self, shape: Shape, *, num_timesteps: int = 1000, experts: int = 4) -> None:
         super().__init__()
         self.intervals = partition(experts, num_timesteps)

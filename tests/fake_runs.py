@@ -44,14 +44,19 @@ FLOOR_RECORD = {
 }
 
 
-def write_fake_runs(root: Path, methods: Sequence[dict[str, Any]] = SUITE["methods"], seeds: Sequence[int] = (0,)) -> list[Run]:
-    """Runs under `root/runs` and `root/floor.json`; the same arguments give the same folders."""
+def write_fake_runs(
+    root: Path, methods: Sequence[dict[str, Any]] = SUITE["methods"], seeds: Sequence[int] = (0,), curve: Sequence[float] = ()
+) -> list[Run]:
+    """Runs under `root/runs` and `root/floor.json`; the same arguments give the same folders.
+
+    `curve`: parts of training after which the runs were scored on their way.
+    """
     root.mkdir(parents=True, exist_ok=True)
     (root / "floor.json").write_text(json.dumps(FLOOR_RECORD))
-    return [write_fake_run(root, method, seed) for method in methods for seed in seeds]
+    return [write_fake_run(root, method, seed, curve) for method in methods for seed in seeds]
 
 
-def write_fake_run(root: Path, method: dict[str, Any], seed: int = 0) -> Run:
+def write_fake_run(root: Path, method: dict[str, Any], seed: int = 0, curve: Sequence[float] = ()) -> Run:
     name = method["method"]
     draw = np.random.default_rng(zlib.crc32(f"{name} {seed}".encode()))
     config = RunConfig(
@@ -120,11 +125,25 @@ def write_fake_run(root: Path, method: dict[str, Any], seed: int = 0) -> Run:
     record = {"protocol_hash": "0123456789", "protocol": PROTOCOL, "n": 500, "metrics": metrics}
     beside = {"sample_images_per_second": draw.uniform(20, 60), "network_evaluations_per_sample": 50, "heldout_loss": 0.1 * skill}
     write(folder / "eval.json", [{**record, **beside}])
+    if curve:
+        write_curve(folder, record, curve)
     np.savez_compressed(folder / "samples.npz", arr_0=fake_images(draw, 60))
     diagnostics = fake_diagnostics(name, edges, draw)
     np.savez_compressed(folder / "diagnostics.npz", **diagnostics)
     (folder / "done").touch()
     return read_run(folder)
+
+
+def write_curve(folder: Path, record: dict[str, Any], parts: Sequence[float]) -> None:
+    """FIDs fall in proportion to the training; the other scores are those of the end."""
+    summary, metrics = json.loads((folder / "summary.json").read_text()), record["metrics"]
+    records = []
+    for part in parts:
+        worse = {name: value / part for name, value in metrics.items() if name.startswith("fid")}
+        place = {name: summary[name] * part for name in ("images_seen", "train_flops", "device_seconds")}
+        step = round(NUM_IMAGES / 32 * part)
+        records.append({**record, "metrics": {**metrics, **worse}, "heldout_loss": 0.1 / part, "step": step, **place})
+    write(folder / "curve.json", records)
 
 
 def train_rows(edges: np.ndarray, skill: float, draw: np.random.Generator) -> list[dict[str, Any]]:

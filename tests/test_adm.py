@@ -59,7 +59,7 @@ def test_adm_sample_files_are_nhwc_and_read_back(tmp_path: Path) -> None:
 def test_adm_reference_takes_the_place_of_the_training_set(tmp_path: Path, protocol: EvalProtocol, data: DataSource) -> None:
     """A reference made of the held-out images: distances to it are those to the held-out set."""
     extractor = fidelity.build_extractor("digits", protocol.extractor_sha256)
-    features = fidelity.features_of_set(data.heldout, extractor, protocol.feature_batch_size)["features"]
+    features = fidelity.extract_features(data.heldout, extractor, protocol.feature_batch_size)["features"]
     mean, covariance = mean_and_covariance(features)
     images = to_uint8(data.heldout.batch(torch.arange(500))[0]).permute(0, 2, 3, 1).numpy()
     path = tmp_path / "reference.npz"

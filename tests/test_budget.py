@@ -90,7 +90,7 @@ def clock(monkeypatch):
         return slower
 
     monkeypatch.setattr(trainer.Trainer, "step", slow(trainer.Trainer.step, 0.5))
-    monkeypatch.setattr(trainer, "heldout_losses", slow(trainer.heldout_losses, 100))
+    monkeypatch.setattr(trainer, "item_losses", slow(trainer.item_losses, 100))
     monkeypatch.setattr(trainer.Trainer, "save", slow(trainer.Trainer.save, 100))
     monkeypatch.setattr(trainer.Journal, "flush", slow(trainer.Journal.flush, 100))
     return clock

@@ -176,6 +176,7 @@ OTHER_CHOICES = {
     "budget.unit": "train_flops",
     "evaluation.sampler": "ddim",
     "evaluation.extractor": "inception",
+    "system.experts": "separate_jobs",
 }
 
 

@@ -152,6 +152,29 @@ def test_initial_weights_and_passes_depend_on_the_seed_alone(variant):
 
 
 @every_variant
+def test_experts_are_independent_exactly_where_the_method_says_so(variant):
+    """Then each can be trained in a job of its own: no two intervals train one parameter, or read what another trains."""
+    method = tiny(variant)
+    if len(method.intervals) == 1:
+        return
+    trained = []
+    for interval in method.intervals:
+        method.zero_grad()
+        loss_of(method, *batch(interval, size=16), interval).backward()
+        trained.append({name for name, parameter in method.named_parameters() if parameter.grad is not None})
+    shared = sum(len(names) for names in trained) - len(set().union(*trained))
+    assert method.independent_experts == (shared == 0)
+    if method.independent_experts:
+        x, t, y = batch(method.intervals[0])
+        output = method(x, t, y, method.intervals[0]).output
+        with torch.no_grad():
+            for name, parameter in method.named_parameters():
+                if name not in trained[0]:
+                    parameter.add_(1)
+        assert torch.equal(method(x, t, y, method.intervals[0]).output, output)
+
+
+@every_variant
 def test_batch_outside_the_interval_is_refused(variant):
     method = tiny(variant)
     interval = method.intervals[0]

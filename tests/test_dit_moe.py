@@ -1,5 +1,6 @@
 """Does DiT-MoE route, mix and balance as its released code does?"""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +8,7 @@ from helpers import NUM_TIMESTEPS, TINY, assert_close, assert_gradients, batch, 
 
 import methods.grouped
 from bench.diffusion import guide
+from bench.method import Probe
 from methods.backbone import Shape
 from methods.dit_moe import DiTMoE, MixtureMLP, SwiGLU, balance_loss
 from methods.grouped import combine_rows, grouped_linear, sort_by_expert, take_rows
@@ -213,6 +215,68 @@ def test_balance_loss_is_least_when_balanced():
     assert balance_loss(even, even) == 2  # one per block
     skewed = torch.tensor([[0.7, 0.1, 0.1, 0.1]] * 2)
     assert balance_loss(skewed, skewed) > 2
+
+
+def probe_of(y: torch.Tensor) -> Probe:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(len(y), TINY.channels, TINY.input_size, TINY.input_size, generator=generator)
+    return Probe(x, torch.arange(len(y)) % NUM_TIMESTEPS, y)
+
+
+def test_routing_by_position_and_class_is_that_of_each_token_in_as_many_passes_as_there_are_groups(monkeypatch):
+    method = tiny("dit_moe").requires_grad_(False)
+    probe = probe_of(torch.tensor([0, 2, 0, TINY.num_classes] * 15))
+    passes = []
+    plain = method.denoise_and_route
+    monkeypatch.setattr(method, "denoise_and_route", lambda *inputs: passes.append(1) or plain(*inputs))
+    found = method.diagnostics(probe)
+    assert len(passes) == 20
+    monkeypatch.undo()
+    counts = torch.zeros(TINY.depth, TINY.num_classes + 1, TINY.num_tokens, 4)  # image by image and token by token
+    for i, label in enumerate(probe.y.tolist()):
+        blocks = iter(range(TINY.depth))
+
+        def count(router, inputs, output, label=label, blocks=blocks):
+            block = next(blocks)
+            for position, experts in enumerate(output[1].tolist()):
+                for expert in experts:
+                    counts[block, label, position, expert] += 1
+
+        hooks = [block.mlp.router.register_forward_hook(count) for block in method.network.blocks]
+        method.denoise_and_route(probe.x[i : i + 1], probe.t[i : i + 1], probe.y[i : i + 1])
+        for hook in hooks:
+            hook.remove()
+    assert counts.sum() == 60 * TINY.depth * TINY.num_tokens * 2
+    axes, by_position = found["routing_by_position"]
+    assert axes == ("block", "position", "expert")
+    expected = counts.sum(dim=1)
+    assert_close(torch.from_numpy(by_position), expected / expected.sum(dim=-1, keepdim=True))
+    assert by_position.std(axis=1).max() > 0.05  # positions do differ
+    axes, by_class = found["routing_by_class"]
+    assert axes == ("block", "class", "expert") and by_class.shape == (TINY.depth, TINY.num_classes, 4)
+    expected = counts.sum(dim=2)[:, [0, 2]]
+    assert_close(torch.from_numpy(by_class[:, [0, 2]]), expected / expected.sum(dim=-1, keepdim=True))
+    assert np.isnan(by_class[:, 1]).all()  # no image; and those without a label are of no class
+    assert not any(block.mlp.router._forward_hooks for block in method.network.blocks)
+
+
+def test_positions_are_in_raster_order():
+    """A probe whose images differ in one patch: in the first block only that token goes elsewhere."""
+    method = tiny("dit_moe").requires_grad_(False)
+    grid = TINY.input_size // TINY.patch_size
+    row, column = grid - 1, 0
+    probe = probe_of(torch.zeros(1, dtype=torch.int64))
+    method.network.blocks[0].attn.proj.weight.zero_()  # tokens do not see each other
+    method.network.blocks[0].attn.proj.bias.zero_()
+    before = method.diagnostics(probe)["routing_by_position"][1][0]
+    changed = set()
+    for seed in range(20):
+        x = probe.x.clone()
+        noise = torch.randn(TINY.channels, 2, 2, generator=torch.Generator().manual_seed(seed)) * 10
+        x[0, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2] = noise
+        after = method.diagnostics(probe._replace(x=x))["routing_by_position"][1][0]
+        changed |= set(np.flatnonzero((before != after).any(axis=1)).tolist())
+    assert changed == {row * grid + column}
 
 
 @pytest.mark.parametrize(

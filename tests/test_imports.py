@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from helpers import PUBLISHED
 
+from bench.provenance import PRESENTATION
 from methods import METHODS
 
 ROOT = Path(__file__).parent.parent
@@ -18,6 +19,7 @@ SLURM = sorted((ROOT / "slurm").rglob("*.py"))
 METHOD_FILES = sorted((ROOT / "methods").glob("*.py"))
 MAY_IMPORT_METHODS = {"bench/cli.py", "bench/job.py"}
 TEXT = (".py", ".md", ".toml", ".txt", ".yaml", ".sh", "")
+JOB = "bench/job.py"
 A_METHOD_MAY_IMPORT = {"methods.backbone", "methods.grouped", "bench.method", "bench.intervals"}
 
 
@@ -65,7 +67,7 @@ def test_methods_import_no_other_method(path):
 
 @pytest.mark.parametrize("path", SLURM, ids=relative)
 def test_slurm_knows_configurations_and_run_folders_only(path):
-    allowed = {"bench.config", "bench.runs", "bench.files", "bench"}
+    allowed = {"bench.config", "bench.runs", "bench.files", "bench.lease", "bench.provenance", "bench.stopping", "bench"}
     assert {name for name in imports_of(path) if name.startswith("bench")} <= allowed
 
 
@@ -95,3 +97,20 @@ def test_no_registry_and_no_path_of_one_machine_is_in_the_tree():
     forbidden = re.compile("python" + r"hosted|py" + r"pi\.org|deb\." + r"debian|download\." + r"pytorch|/wo" + r"rk/[a-z.]")
     ours = [ROOT / name for name in listed.stdout.split() if Path(name).suffix in TEXT]
     assert [relative(path) for path in ours if path.is_file() and forbidden.search(path.read_text())] == []
+
+
+def test_what_no_job_imports_changes_no_number():
+    """A new module for people's eyes must be listed, or it would make every run stale."""
+    reached, to_read = {JOB}, [JOB]
+    while to_read:
+        for node in ast.walk(ast.parse((ROOT / to_read.pop()).read_text())):
+            if not isinstance(node, ast.ImportFrom) or not node.module:
+                continue
+            package = node.module.replace(".", "/")
+            paths = [package, *(f"{package}/{alias.name}" for alias in node.names)]
+            new = {f"{path}{end}" for path in paths for end in (".py", "/__init__.py") if (ROOT / f"{path}{end}").is_file()}
+            new -= reached
+            reached |= new
+            to_read += sorted(new)
+    unreached = {relative(path) for path in BENCH if path.stem != "__init__"} - reached
+    assert {path for path in unreached if not PRESENTATION & set(Path(path).with_suffix("").parts)} == set()

@@ -17,7 +17,7 @@ from bench.runs import read_metrics, read_run, read_samples, run_state
 SAVE_OFTEN = ("system.log_every=1", "system.checkpoint_every=1")
 LEFT = {
     *("config.yaml", "provenance.json", "metrics.jsonl", "progress.json", "summary.json", "diagnostics.npz"),
-    *("samples.npz", "eval.json", "done", "lock", "checkpoints"),
+    *("samples.npz", "trajectory.npz", "eval.json", "done", "checkpoints"),
 }
 
 

@@ -11,6 +11,7 @@ from training import RUNS, crash_after, differing, exit_codes_of, rows, saved, s
 
 from bench import checkpoint
 from bench.files import read_json
+from bench.trainer import Interrupted
 
 AVERAGED = ("train.ema_half_life_images=30", "train.lr_schedule=cosine", "train.lr_warmup_images=40")
 
@@ -152,3 +153,39 @@ def test_a_process_killed_at_random_moments_ends_where_an_undisturbed_one_does(t
     assert summary["lost_images"] == 8 * lost > 0 and summary["images_seen"] == 2000
     assert {path.name for path in whole.rglob("*")} == {path.name for path in cut.rglob("*")}
     assert (cut / "done").exists() and not list(cut.rglob("*.tmp"))
+
+
+# Asked to stop
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_that_is_asked_to_stop_saves_at_the_next_step_and_loses_nothing(variant, tmp_path):
+    method, settings = VARIANTS[variant]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    tiny_trainer(method, *settings, folder=whole).fit()
+    for stop_after in (1, 2, 4, 0):  # more steps; between two flushes, and at one
+        stopped = tiny_trainer(method, *settings, folder=cut)
+        stopped.should_stop = Countdown(stop_after)
+        with pytest.raises(Interrupted, match=f"stopped after step {stopped.should_stop.total(cut)}; everything is saved"):
+            stopped.fit()
+    resumed = tiny_trainer(method, *settings, folder=cut)
+    resumed.fit()
+    tensors, counters = saved(whole)
+    assert not differing(tensors, saved(cut)[0]) and counters == saved(cut)[1]
+    assert rows(whole) == rows(cut)
+    assert resumed.lost["images"] == 0
+
+
+class Countdown:
+    """Asks to stop when it was called `steps` times before."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self.calls = steps, 0
+
+    def __call__(self) -> bool:
+        self.calls += 1
+        return self.calls > self.steps
+
+    def total(self, folder) -> int:
+        """The step at which a run in this folder will stop."""
+        return steps_of(folder) + self.steps

@@ -1,31 +1,24 @@
-"""Are run folders read as they were written, is damage named, and is the tidy frame the same after CSV?"""
+"""Are run folders read as they were written, and is damage named?"""
 
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
-from fake_runs import FLOOR_RECORD, PROTOCOL, SUITE, write, write_fake_run, write_fake_runs
+from fake_runs import NUM_IMAGES, SUITE, write, write_fake_run, write_fake_runs
 
 from bench.files import write_json_atomically, write_text_atomically
 from bench.runs import (
     HEARTBEAT_FRESH_SECONDS,
     Run,
-    distinct_labels,
     find_runs,
     read_diagnostics,
-    read_floor,
     read_metrics,
-    read_results,
     read_run,
     read_samples,
     run_state,
-    tidy,
-    write_results,
 )
 
 SPLIT = SUITE["methods"][1]
@@ -87,13 +80,25 @@ def test_diagnostics_carry_axes_and_history(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "attribute"), [("summary.json", "summary"), ("eval.json", "evaluations"), ("provenance.json", "provenance")]
+    ("name", "attribute"),
+    [("summary.json", "summary"), ("eval.json", "evaluations"), ("curve.json", "curve"), ("provenance.json", "provenance")],
 )
 @pytest.mark.parametrize("content", ['{"stored_parameters": 1', '"text"', "\x00"])
 def test_a_damaged_record_is_named(run: Run, name: str, attribute: str, content: str) -> None:
     (run.path / name).write_text(content)
     with pytest.raises(ValueError, match=rf"{name}.*delete it and"):
         getattr(read_run(run.path), attribute)
+
+
+def test_scores_on_the_way_are_read_with_their_places(tmp_path: Path) -> None:
+    run = write_fake_run(tmp_path, MIXED, curve=(0.25, 0.75))
+    assert [record["images_seen"] for record in run.curve] == [NUM_IMAGES * 0.25, NUM_IMAGES * 0.75]
+    assert write_fake_run(tmp_path / "other", MIXED).curve == []
+    assert Run(run.path, "another").curve == []
+    records = json.loads((run.path / "curve.json").read_text())
+    write(run.path / "curve.json", [{key: value for key, value in records[0].items() if key != "train_flops"}])
+    with pytest.raises(ValueError, match=r"curve.json holds a record without .*train_flops"):
+        _ = read_run(run.path).curve
 
 
 def test_damaged_arrays_are_named(run: Run) -> None:
@@ -130,75 +135,6 @@ def test_a_config_that_is_no_config_is_named(run: Run) -> None:
     (run.path / "config.yaml").write_text("method: dense\n")
     with pytest.raises(ValueError, match=r"config.yaml has no seed, budget, diffusion"):
         _ = read_run(run.path).config
-
-
-def test_tidy_has_a_row_per_run_and_metric(tmp_path: Path) -> None:
-    run = write_fake_run(tmp_path, SPLIT, seed=7)
-    frame = tidy([run], FLOOR_RECORD)
-    own = frame[frame["run"] == run.run_id].set_index("metric")
-    assert own.index.is_unique
-    assert own.loc["updates_per_parameter_set_min", "value"] == own.loc["updates_per_parameter_set_max", "value"] == 2000
-    assert "peak_memory_bytes" not in own.index
-    assert own.loc["fid_train", "value"] == run.evaluations[0]["metrics"]["fid_train"]
-    assert own.loc["fid_train", "n"] == 500
-    assert own.loc["fid_train", "protocol_hash"] == "0123456789"
-    protocol = json.loads(own.loc["fid_train", "protocol"])
-    assert protocol == {key: value for key, value in PROTOCOL.items() if key != "reference_path"}
-    assert own.loc["train_flops", "protocol_hash"] == "" and pd.isna(own.loc["train_flops", "n"])
-    assert (own["seed"] == 7).all() and (own["budget_amount"] == 256_000).all()
-    floor = frame[frame["run"] == "floor"].set_index("metric")["value"]
-    assert floor.to_dict() == FLOOR_RECORD["metrics"]
-
-
-def test_a_run_that_is_not_finished_keeps_a_row(tmp_path: Path) -> None:
-    run = write_fake_run(tmp_path, SPLIT)
-    for name in ("done", "summary.json", "eval.json"):
-        (run.path / name).unlink()
-    write(run.path / "progress.json", {"images_seen": 640, "time": 0.0})
-    frame = tidy([read_run(run.path)])
-    assert list(frame["metric"]) == ["images_seen"]
-    assert list(frame["value"]) == [640]
-    assert list(frame["state"]) == ["planned"]
-
-
-def test_scoring_twice_under_one_protocol_counts_once_and_text_is_no_number(tmp_path: Path) -> None:
-    run = write_fake_run(tmp_path, SPLIT)
-    first = run.evaluations[0]
-    second = {**first, "metrics": {**first["metrics"], "fid_train": 3.5}}
-    write(run.path / "eval.json", [first, second])
-    frame = tidy([read_run(run.path)])
-    assert list(frame[frame["metric"] == "fid_train"]["value"]) == [3.5]
-    write(run.path / "eval.json", [{**first, "metrics": {"fid_train": "3.5"}}])
-    with pytest.raises(ValueError, match=r"eval.json gives fid_train as '3.5'"):
-        tidy([read_run(run.path)])
-    write(run.path / "eval.json", [{"n": 3}])
-    with pytest.raises(ValueError, match="without protocol"):
-        tidy([read_run(run.path)])
-
-
-def test_csv_gives_the_same_frame_back_and_the_same_bytes(tmp_path: Path) -> None:
-    runs = write_fake_runs(tmp_path, SUITE["methods"][:3], seeds=(0, 1))
-    write(runs[0].path / "provenance.json", {"commit": None, "dirty": None, "code_hash": 'a "quoted", hash', "device": "cpu"})
-    frame = tidy(find_runs(tmp_path), read_floor(tmp_path / "floor.json"))
-    frame.loc[0, "value"] = math.nan
-    frame.loc[1, "value"] = 0.1 + 0.2
-    write_results(frame, tmp_path / "results.csv")
-    again = read_results(tmp_path / "results.csv")
-    pd.testing.assert_frame_equal(again, frame, check_exact=True)
-    write_results(again, tmp_path / "again.csv")
-    assert (tmp_path / "again.csv").read_bytes() == (tmp_path / "results.csv").read_bytes()
-
-
-def test_results_that_are_none_are_refused(tmp_path: Path) -> None:
-    for text in ("", "a,b\n1,2\n", "run,value\nx,notanumber\n"):
-        (tmp_path / "results.csv").write_text(text)
-        with pytest.raises(ValueError, match=r"results.csv.*make it again"):
-            read_results(tmp_path / "results.csv")
-
-
-def test_labels_are_told_apart_by_the_options_that_differ() -> None:
-    keys = [("A", '{"k": 4, "e": 8}'), ("A", '{"k": 2, "e": 8}'), ("B", "{}")]
-    assert list(distinct_labels(keys).values()) == ["A (k=2)", "A (k=4)", "B"]
 
 
 def test_the_config_hash_ignores_seed_and_label_only(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from command import TINY
 
 from bench.method import Method
-from methods import option_defaults
+from methods.initial import option_defaults
 from methods.backbone import Shape
 
 ROOT = Path(__file__).resolve().parent.parent

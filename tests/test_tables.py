@@ -1,23 +1,17 @@
-"""Does the table show what was measured, mark the best, name what is missing, and refuse what would not be fair?"""
+"""Does the table show what was measured, mark the best, and name what is missing?"""
 
-import io
 import re
-import shutil
-import subprocess
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
-from fake_runs import FLOOR_RECORD, SUITE, write, write_fake_runs
-from rich.console import Console
+from cells import LABELS, cell, change, column_of, fid, full_cell, part_of
+from fake_runs import FLOOR_RECORD, SUITE, write_fake_runs
 
-from bench.runs import Run, find_runs, read_run, tidy
-from bench.tables import Table, TableRefusal, comparison, to_latex, to_markdown, to_rich, to_text, write_tables
-from bench.tables.formats import escape_latex
-from bench.tables.numbers import Style, half_width, rank, si_style, significant_style, write_number, write_seeds
-
-LABELS = [entry["label"] for entry in SUITE["methods"]]
+from bench.runs import Run
+from bench.tables import comparison, comparisons, to_latex, to_markdown, to_text
+from bench.tables.numbers import Style, si_style, significant_style, write_number, write_seeds
+from bench.tidy import tidy
 
 
 @pytest.fixture(scope="module")
@@ -30,25 +24,10 @@ def frame(runs: list[Run]) -> pd.DataFrame:
     return tidy(runs, FLOOR_RECORD)
 
 
-def change(frame: pd.DataFrame, label: str, metric: str, column: str, value: Any) -> pd.DataFrame:
-    changed = frame.copy()
-    changed.loc[(changed["label"] == label) & (changed["metric"] == metric), column] = value
-    return changed
-
-
-def cell(table: Table, label: str, metric: str) -> tuple[str, str]:
-    row = next(row for row in [*table.rows, *([table.floor] if table.floor else [])] if row.label == label)
-    return tuple(row.cells[[column.metric for column in table.columns].index(metric)])
-
-
-def column_of(table: Table, metric: str) -> list[tuple[str, str]]:
-    return [cell(table, row.label, metric) for row in table.rows]
-
-
-def fid(frame: pd.DataFrame, values: list[float]) -> pd.DataFrame:
-    for label, value in zip(LABELS, values, strict=True):
-        frame = change(frame, label, "fid_train", "value", value)
-    return frame
+@pytest.fixture(scope="module")
+def seeded(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+    """Three methods with five seeds each, scored on their way too."""
+    return tidy(write_fake_runs(tmp_path_factory.mktemp("seeded"), SUITE["methods"][:3], range(5), (0.3, 0.6, 0.9)), FLOOR_RECORD)
 
 
 # What it shows
@@ -56,8 +35,10 @@ def fid(frame: pd.DataFrame, values: list[float]) -> pd.DataFrame:
 
 def test_rows_are_in_the_suites_order_with_the_floor_last(frame: pd.DataFrame) -> None:
     table = comparison(frame, SUITE)
-    assert [row.label for row in table.rows] == LABELS
-    assert table.floor is not None and table.floor.label == "Real data"
+    assert [part.caption for part in table.parts] == ["(1) Cost", "(2) Quality"]
+    for part in table.parts:
+        assert [row.label for row in part.rows] == LABELS
+        assert part.floor is not None and part.floor.label == "Real data"
     lines = [line for line in to_markdown(table).splitlines() if line.startswith("| ")]
     assert lines[-1].startswith("| Real data | 1.31 | 1.92 | 0.41 | 0.962 | 0.958 | 98.4 | 0.412 | 500 |")
 
@@ -78,7 +59,8 @@ def test_numbers_have_units_and_sensible_decimals(frame: pd.DataFrame) -> None:
     assert cell(table, LABELS[0], "images_seen")[0] == "256"
     assert cell(table, LABELS[0], "updates_per_parameter_set")[0] == "8,000"
     assert cell(table, LABELS[1], "updates_per_parameter_set")[0] == "2,000"
-    assert {"Stored parameters (M)", "Training (TFLOPs)", "Images (k)", "KID (×10⁻³) ↓", "Precision ↑"} <= set(table.headings)
+    headings = {heading for part in table.parts for heading in part.headings}
+    assert {"Stored parameters (M)", "Training (TFLOPs)", "Images (k)", "KID (×10⁻³) ↓", "Precision ↑"} <= headings
 
 
 def test_updates_of_uneven_experts_are_a_range(frame: pd.DataFrame) -> None:
@@ -117,6 +99,16 @@ def test_notes_tell_runs_side_by_side_dirty_and_of_mixed_code(frame: pd.DataFram
     assert "some runs ran side by side" in notes
     assert "uncommitted" in notes
     assert "different code" in notes
+    others = [label for label in LABELS if label not in LABELS[2:4]]
+    assert f"c0dec0dec0 (commit b02412e5d3, clean) of {', '.join(others)};" in notes
+    assert f"c0dec0dec0 (commit b02412e5d3, with uncommitted changes) of {LABELS[2]};" in notes
+    assert f"other (commit b02412e5d3, clean) of {LABELS[3]}. The runs" in notes
+
+
+def test_runs_of_one_row_that_other_code_made_are_named(seeded: pd.DataFrame) -> None:
+    run = seeded.loc[(seeded["label"] == LABELS[1]) & (seeded["seed"] == 3), "run"].iloc[0]
+    frame = seeded.assign(code_hash=seeded["code_hash"].where(seeded["run"] != run, "other"))
+    assert f"other (commit b02412e5d3, clean) of {LABELS[1]} ({run})." in "\n".join(comparison(frame, SUITE).notes)
 
 
 def test_an_absent_method_is_named(frame: pd.DataFrame) -> None:
@@ -135,7 +127,8 @@ def test_best_is_bold_and_second_underlined_in_the_right_direction(frame: pd.Dat
     assert [mark for _, mark in column_of(table, "fid_train")] == ["", "", "", "", "second", "best"]
     assert [mark for _, mark in column_of(table, "precision")] == ["best", "second", "", "", "", ""]
     assert {mark for metric in ("n", "nearest_neighbour", "train_flops") for _, mark in column_of(table, metric)} == {""}
-    assert table.floor is not None and {c.mark for c in table.floor.cells} == {""}
+    floor = part_of(table, "Quality").floor
+    assert floor is not None and {c.mark for c in floor.cells} == {""}
     assert "**4.000**" in to_markdown(table) and "<ins>5.000</ins>" in to_markdown(table)
     assert r"\textbf{4.000}" in to_latex(table) and r"\underline{5.000}" in to_latex(table)
     assert "4.000*" in to_text(table) and "5.000+" in to_text(table)
@@ -151,11 +144,90 @@ def test_a_single_method_is_not_ranked(frame: pd.DataFrame) -> None:
     assert column_of(table, "fid_train")[0][1] == ""
 
 
-def test_rank_shares_marks_within_the_interval_of_the_holder() -> None:
-    texts = ["1", "2", "3", "9"]
-    assert rank([1, 2, 3, 9], [0, 0, 0, 0], texts, lower_is_better=True) == ["best", "second", "", ""]
-    assert rank([1, 2, 3, 9], [1.5, 0, 0, 0], texts, lower_is_better=True) == ["best", "best", "second", ""]
-    assert rank([1, 2, 3, 9], [0, 0, 0, 7], texts, lower_is_better=False) == ["second", "best", "best", "best"]
+def test_methods_within_the_interval_of_the_best_share_its_mark(seeded: pd.DataFrame) -> None:
+    values = {LABELS[0]: [10, 11, 12, 13, 14], LABELS[1]: [13.9] * 5, LABELS[2]: [14.1] * 5}  # interval of the first: 12 ± 1.96
+    for label, of_seed in values.items():
+        for seed, value in enumerate(of_seed):
+            here = (seeded["label"] == label) & (seeded["seed"] == seed) & (seeded["metric"] == "fid_train")
+            seeded = seeded.assign(value=seeded["value"].where(~here | seeded["at_images"].notna(), value))
+    table = comparison(seeded, SUITE)
+    assert cell(table, LABELS[0], "fid_train") == ("12.00 ± 1.96", "best")
+    assert cell(table, LABELS[1], "fid_train") == ("13.90 ± 0.00", "best")
+    assert cell(table, LABELS[2], "fid_train") == ("14.10 ± 0.00", "second")
+    assert any("lies within the 95% interval of that mean, shares the mark" in note for note in table.notes)
+
+
+# Columns and groups
+
+
+def test_a_suite_can_ask_for_more_columns(frame: pd.DataFrame, runs: list[Run]) -> None:
+    table = comparison(frame, {**SUITE, "columns": ["device_seconds", "heldout_loss"]})
+    assert cell(table, LABELS[0], "device_seconds")[0] == f"{runs[0].summary['device_seconds']:.0f}"
+    assert part_of(table, "Quality").metrics[-3:] == ("heldout_loss", "nearest_neighbour", "n")
+    assert "device_seconds" not in part_of(comparison(frame, SUITE), "Cost").metrics
+    with pytest.raises(ValueError, match=r"columns speed: choose from .*peak_memory_bytes"):
+        comparison(frame, {**SUITE, "columns": ["speed"]})
+
+
+def test_each_group_has_a_table_of_its_own_and_its_own_budget(frame: pd.DataFrame) -> None:
+    groups = {"": LABELS[:1], "short": LABELS[1:3], "long": LABELS[3:5], "never": ["Nobody"]}
+    entries = [{"method": "x", "label": label, "group": group} for group, labels in groups.items() for label in labels]
+    of_group = {"short": {"title": "A short budget", "baseline": LABELS[2], "notes": "Only a trial."}}
+    suite = {**SUITE, "methods": entries, "groups": of_group, "baseline": LABELS[0]}
+    for label in LABELS[1:3]:
+        frame = change(frame, label, "images_seen", "value", 1000)
+    tables = comparisons(frame, suite)
+    assert [table.title for table in tables] == [SUITE["title"], f"{SUITE['title']}: A short budget", f"{SUITE['title']}: long"]
+    assert [[row.label for row in table.parts[0].rows] for table in tables] == [LABELS[:1], LABELS[1:3], LABELS[3:5]]
+    assert [part.number for table in tables for part in table.parts] == [1, 2, 3, 4, 5, 6]
+    assert "Only a trial." in tables[1].notes and "Only a trial." not in tables[0].notes
+    stranger = next(run for run in frame["run"] if run.startswith("remix"))
+    assert tables[-1].notes[-2:] == (
+        "In the suite, but not run at all: never.",
+        f"Not in the suite, and in no table: {stranger}.",
+    )
+    assert comparisons(frame[frame["label"].isin([LABELS[0], "Real data"])], SUITE) == (
+        comparison(frame[frame["label"].isin([LABELS[0], "Real data"])], SUITE),
+    )
+
+
+# Differences to the baseline
+
+
+def test_differences_are_paired_by_seed(seeded: pd.DataFrame) -> None:
+    shift = {0: 1.0, 1: 1.1, 2: 0.9, 3: 1.0, 4: 1.0}
+    final = seeded["at_images"].isna() & (seeded["metric"] == "fid_train")
+    for seed, by in shift.items():
+        value = float(seeded[final & (seeded["label"] == LABELS[0]) & (seeded["seed"] == seed)]["value"].iloc[0])
+        here = final & (seeded["label"] == LABELS[1]) & (seeded["seed"] == seed)
+        seeded = seeded.assign(value=seeded["value"].where(~here, value + by))
+    table = comparison(seeded, SUITE)
+    title = f"Difference to {LABELS[0]}"
+    assert cell(table, LABELS[1], "fid_train", title) == ("+1.00 ± 0.09", "clear")  # t(4) 2.776 * 0.0707 / sqrt(5)
+    assert [row.label for row in part_of(table, title).rows] == LABELS[1:3]
+    assert cell(table, LABELS[1], "seeds", title)[0] == "5"
+    assert cell(table, LABELS[1], "fid_train")[0] != cell(table, LABELS[1], "fid_train", title)[0]
+    assert any(note.startswith("Differences: method minus baseline, seed by seed") for note in table.notes)
+    other = comparison(seeded, {**SUITE, "baseline": LABELS[1]})
+    assert cell(other, LABELS[0], "fid_train", f"Difference to {LABELS[1]}") == ("-1.00 ± 0.09", "clear")
+
+
+def test_only_seeds_in_common_are_paired(seeded: pd.DataFrame) -> None:
+    kept = seeded[(seeded["label"] != LABELS[1]) | seeded["seed"].isin([3, 4])]
+    table = comparison(kept, SUITE)
+    assert cell(table, LABELS[1], "seeds", "Difference")[0] == "2"
+    text, mark = cell(table, LABELS[1], "fid_train", "Difference")
+    assert re.fullmatch(r"[+-]\d+\.\d+ / [+-]\d+\.\d+", text) and mark == ""
+    assert cell(table, LABELS[2], "seeds", "Difference")[0] == "5"
+    sources = full_cell(table, LABELS[1], "fid_train", "Difference").sources
+    assert sorted(kept.loc[list(sources), "seed"]) == [3, 3, 4, 4]
+
+
+def test_one_seed_or_no_baseline_makes_no_differences(frame: pd.DataFrame, seeded: pd.DataFrame) -> None:
+    titles = [part.title for part in comparison(frame, SUITE).parts]
+    assert titles == ["Cost", "Quality"]
+    without = comparison(seeded[seeded["label"] != LABELS[0]], SUITE)
+    assert not any(part.title.startswith("Difference") for part in without.parts)
 
 
 # Missing cells
@@ -194,13 +266,10 @@ def test_two_seeds_are_listed_and_three_have_an_interval(tmp_path: Path) -> None
     assert any(f"{LABELS[0]}: KID (2 of 3 seeds)" in note for note in comparison(fewer, SUITE).notes)
 
 
-def test_the_interval_is_students() -> None:
-    assert half_width([1.0, 2.0]) == 0
-    assert half_width([1.0, 2.0, 3.0]) == pytest.approx(4.302653 * 1 / 3**0.5, rel=1e-6)  # t table: 0.975, 2 degrees of freedom
-    assert write_seeds([1.0, 2.0, 3.0], Style(decimals=1)) == "2.0 ± 2.5"
-
-
 def test_numbers() -> None:
+    assert write_seeds([1.0, 2.0, 3.0], Style(decimals=1)) == "2.0 ± 2.5"
+    assert write_seeds([1.0, 2.0, 3.0], Style(decimals=1), signed=True) == "+2.0 ± 2.5"
+    assert write_seeds([0.5, -0.01], Style(decimals=1), signed=True) == "+0.5 / 0.0"
     assert si_style([2.5e6, 1.2e6, 0.7e6], "B") == Style(1e6, 2, "MB")
     assert si_style([]) == Style(1.0, 0, "")
     assert si_style([640, 12]) == Style(1.0, 0, "")
@@ -208,149 +277,3 @@ def test_numbers() -> None:
     assert significant_style([1234.5], 3).decimals == 0
     assert write_number(-0.0001, Style(decimals=2)) == "0.00"
     assert write_number(1234567, Style()) == "1,234,567"
-
-
-# Refusals
-
-
-def refusal(frame: pd.DataFrame) -> str:
-    with pytest.raises(TableRefusal) as caught:
-        comparison(frame, SUITE)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
-def test_different_protocols_are_refused_and_the_field_named(tmp_path: Path) -> None:
-    written = write_fake_runs(tmp_path, SUITE["methods"][:2])
-    record = written[1].evaluations[0]
-    protocol = {**record["protocol"], "steps": "250", "reference": {"train": "aa", "heldout": "cc"}}
-    write(written[1].path / "eval.json", [{**record, "protocol_hash": "9876543210", "protocol": protocol}])
-    frame = tidy([read_run(run.path) for run in written])
-    message = refusal(frame)
-    assert "reference.heldout (bb and cc); steps (50 and 250)" in message
-    assert all(run.run_id in message for run in written)
-    other = {**record, "protocol_hash": "9876543210", "protocol": protocol}
-    write(written[1].path / "eval.json", [record, other])
-    assert len(comparison(tidy([read_run(run.path) for run in written]), SUITE).rows) == 2  # one is shared by both runs
-    write(written[0].path / "eval.json", [record, other])
-    both = tidy([read_run(run.path) for run in written])
-    assert "choose one" in refusal(both)
-    assert "steps 250" in "\n".join(comparison(both, SUITE, protocol_hash="9876543210").notes)
-
-
-def test_a_floor_of_another_protocol_is_refused(runs: list[Run]) -> None:
-    protocol = {**FLOOR_RECORD["protocol"], "extractor": "inception"}
-    message = refusal(tidy(runs, {**FLOOR_RECORD, "protocol_hash": "9876543210", "protocol": protocol}))
-    assert "floor" in message and "extractor (digits and inception)" in message
-
-
-def test_unequal_budgets_are_refused(frame: pd.DataFrame, runs: list[Run]) -> None:
-    assert comparison(change(frame, LABELS[1], "images_seen", "value", 256_000 * 1.0099), SUITE)
-    message = refusal(change(frame, LABELS[1], "images_seen", "value", 256_000 * 1.02))
-    assert runs[1].run_id in message and "images_seen" in message and "261120" in message
-    flops = frame.assign(budget_unit=frame["budget_unit"].where(frame["run"] == "floor", "train_flops"))
-    assert "train_flops" in refusal(flops)
-    mixed = frame.copy()
-    mixed.loc[mixed["label"] == LABELS[4], "budget_unit"] = "device_seconds"
-    message = refusal(mixed)
-    assert f"{runs[4].run_id} in device_seconds" in message
-
-
-def test_incomplete_and_unscored_runs_are_refused(tmp_path: Path) -> None:
-    written = write_fake_runs(tmp_path, SUITE["methods"][:3])
-    (written[0].path / "done").unlink()
-    (written[1].path / "done").unlink()
-    write(written[1].path / "failure.json", {"state": "diverged", "cause": "x"})
-    message = refusal(tidy(find_runs(tmp_path)))
-    assert f"{written[0].run_id} (planned)" in message and f"{written[1].run_id} (diverged)" in message
-    assert written[2].run_id not in message
-    (written[0].path / "done").touch()
-    (written[0].path / "eval.json").unlink()
-    assert written[0].run_id in refusal(tidy([read_run(written[0].path), written[2]]))
-    assert "no run" in refusal(tidy([]))
-
-
-def test_different_sample_counts_are_refused(frame: pd.DataFrame, runs: list[Run]) -> None:
-    message = refusal(change(frame, LABELS[2], "fid_train", "n", 400))
-    assert f"{runs[2].run_id} (400 samples)" in message and "(500 samples)" in message
-
-
-def test_runs_that_are_no_seeds_of_each_other_are_refused(frame: pd.DataFrame, runs: list[Run]) -> None:
-    message = refusal(frame.replace({"label": {LABELS[0]: LABELS[2]}}))
-    assert runs[0].run_id in message and runs[2].run_id in message and "settings" in message
-
-
-# How it is written
-
-
-def test_the_same_runs_give_the_same_bytes(runs: list[Run], tmp_path: Path) -> None:
-    folders = [tmp_path / "one", tmp_path / "other"]
-    orders = [runs, list(reversed(runs))]
-    for folder, order in zip(folders, orders, strict=True):
-        frame = tidy(order, FLOOR_RECORD)
-        assert [path.name for path in write_tables(comparison(frame, SUITE), frame, folder)] == [
-            "results.csv",
-            "table.md",
-            "table.tex",
-        ]
-    for name in ("table.md", "table.tex"):  # results.csv keeps the order of the runs it is given
-        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
-    again = tidy([read_run(run.path) for run in runs], FLOOR_RECORD)
-    write_tables(comparison(again, SUITE), again, folders[1])
-    for name in ("results.csv", "table.md", "table.tex"):
-        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
-
-
-def test_latex_escapes() -> None:
-    assert escape_latex(r"a_b & 5% {x} $y #z ~^\ 10⁻³ ±") == (
-        r"a\_b \& 5\% \{x\} \$y \#z \textasciitilde{}\textasciicircum{}\textbackslash{} 10$^{-3}$ $\pm$"
-    )
-
-
-def awkward(frame: pd.DataFrame) -> pd.DataFrame:
-    """A label with characters that mean something to LaTeX and Markdown."""
-    return frame.replace({"label": {LABELS[0]: r"A_1 & 50% |x| #2 \o"}})
-
-
-def test_latex_is_balanced_and_every_row_has_all_columns(frame: pd.DataFrame) -> None:
-    text = to_latex(comparison(awkward(frame), SUITE))
-    assert r"A\_1 \& 50\% \textbar{}x\textbar{} \#2 \textbackslash{}o" in text
-    bare = re.sub(r"\\[{}]", "", text)
-    assert bare.count("{") == bare.count("}")
-    assert re.findall(r"\\begin\{([^}]*)\}", text) == ["table*", "tabular", "tabular"]
-    assert all(ord(character) < 128 for character in text)
-    for spec, body in re.findall(r"\\begin\{tabular\}\{(.*?)\}(.*?)\\end\{tabular\}", text, re.DOTALL):
-        rows = [line for line in body.splitlines() if line.endswith(r" \\")]
-        assert len(rows) >= 7
-        assert {len(re.findall(r"(?<!\\)&", row)) + 1 for row in rows} == {len(spec)}
-
-
-def test_latex_compiles(frame: pd.DataFrame, tmp_path: Path) -> None:
-    if shutil.which("pdflatex") is None:
-        pytest.skip("pdflatex is not installed")
-    body = to_latex(comparison(awkward(frame), SUITE))
-    (tmp_path / "t.tex").write_text(rf"\documentclass{{article}}\usepackage{{booktabs}}\begin{{document}}{body}\end{{document}}")
-    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-2000:]
-
-
-def test_markdown_rows_have_all_columns(frame: pd.DataFrame) -> None:
-    text = to_markdown(comparison(awkward(frame), SUITE))
-    for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
-        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
-
-
-@pytest.mark.parametrize("width", [80, 100, 120])
-def test_it_fits_a_terminal(frame: pd.DataFrame, width: int) -> None:
-    table = comparison(frame, SUITE)
-    text = to_text(table, width)
-    assert max(map(len, text.splitlines())) <= width
-    assert "…" not in text
-    for row in table.rows:
-        for each in row.cells:
-            assert each.text in text
-    console = Console(width=width, record=True, force_terminal=True, file=io.StringIO())
-    console.print(to_rich(table))
-    assert "…" not in console.export_text()

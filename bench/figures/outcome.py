@@ -11,8 +11,9 @@ from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
 from bench.figures.style import Drawn, Material, Shown, new_figure, new_label
-from bench.runs import FLOOR, read_samples, tidy
+from bench.runs import read_samples
 from bench.tables import shared_protocol
+from bench.tidy import FLOOR, at_the_end, tidy
 
 FIDS = (("fid_train", "FID (against training images)"), ("fid_heldout", "FID (against held-out images)"))
 FRONT_LABEL = "Pareto front"
@@ -25,7 +26,9 @@ PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"))
 
 def fid_vs_flops(material: Material) -> list[Drawn]:
     """A panel per FID: every run, the front of those that no other beats in both, and the floor of real data."""
-    frame = tidy([shown.run for shown in material.shown if shown.run.evaluations and shown.run.summary], material.floor)
+    frame = at_the_end(
+        tidy([shown.run for shown in material.shown if shown.run.evaluations and shown.run.summary], material.floor)
+    )
     if frame[frame["run"] != FLOOR].empty:
         return []
     frame = frame[frame["protocol_hash"].isin(["", shared_protocol(frame)])]

@@ -8,14 +8,31 @@ from typing import Any
 
 import pandas as pd
 
-from bench.runs import FLOOR
+from bench.statistics import MIN_SEEDS
+from bench.tables.groups import Group, suite_labels
+from bench.tidy import FLOOR
 
 PROTOCOL_FIELDS = ("extractor", "sampler", "steps", "guidance_scale")
 UNITS = {"images": "images, summed over experts", "train_flops": "training FLOPs", "device_seconds": "device-seconds of training"}
+SHARED = ", or lies within the 95% interval of that mean,"
+PAIRED = (
+    "Differences: method minus baseline, seed by seed; from three pairs on, their mean ± the half-width of its 95% interval "
+    "(Student's t). Bold where the interval excludes zero, each by itself: of twenty equal ones, one would be bold by chance."
+)
+VIEWS = (
+    "At equal budgets: the largest that every run reaches. Each run stands with its last scored checkpoint within it (1% over "
+    "counts as within), never extrapolated or interpolated; the share of the budget says where that lies. A checkpoint before a "
+    "run's end was not trained for that budget, as its learning rate was still on its way. Initial weights are not counted."
+)
 
 
-def describe(frame: pd.DataFrame, suite: Mapping[str, Any], missing: Sequence[str]) -> list[str]:
-    """The notes, one sentence or two each; `frame` holds the rows of the table only, of one protocol."""
+def describe(
+    frame: pd.DataFrame, suite: Mapping[str, Any], groups: Sequence[Group], missing: Sequence[str], paired: bool, views: bool
+) -> list[str]:
+    """The notes, one sentence or a few each; `frame` holds the rows of trained runs, and of the table only.
+
+    `paired` and `views`: whether the table has differences to a baseline, and parts at equal budgets.
+    """
     runs = frame[frame["run"] != FLOOR]
     one_row_each = runs.drop_duplicates("run")
     notes = []
@@ -23,7 +40,11 @@ def describe(frame: pd.DataFrame, suite: Mapping[str, Any], missing: Sequence[st
         notes.append(
             "Not converged: the budget is a quick demonstration, and the order of the methods may change with more training."
         )
-    notes += [_budget(one_row_each), _protocol(frame), _marks(one_row_each)]
+    notes += [_budget(one_row_each), *_protocols(frame), _marks(groups)]
+    if paired:
+        notes.append(PAIRED)
+    if views:
+        notes.append(VIEWS)
     if (frame["run"] == FLOOR).any():
         notes.append(
             "Real data: real images scored against real images, same extractor and n; what a perfect model would get. Not ranked."
@@ -32,23 +53,34 @@ def describe(frame: pd.DataFrame, suite: Mapping[str, Any], missing: Sequence[st
         notes.append("KID in units of 10⁻³: an unbiased estimate, so below 0 where two sets are as alike as two real ones.")
     if (runs["metric"] == "nearest_neighbour").any():
         notes.append("Nearest neighbour: mean distance to the nearest training image; less than for real data hints at copying.")
-    notes += [_devices(runs), _code(one_row_each)]
+    notes += [_devices(runs), _code(groups)]
     if missing:
         notes.append(f"Missing (–): {'; '.join(missing)}.")
-    labels = [str(entry.get("label") or entry["method"]) for entry in suite.get("methods", [])]
-    absent = [label for label in labels if label not in set(runs["label"])]
+    absent = [label for label in suite_labels(suite) if label not in set(runs["label"])]
     if absent:
         notes.append(f"In the suite, but not run: {', '.join(absent)}.")
-    return notes
+    return [*notes, *_own(suite)]
+
+
+def _own(suite: Mapping[str, Any]) -> list[str]:
+    """What the suite itself has to say."""
+    notes = suite.get("notes") or []
+    return [notes] if isinstance(notes, str) else [str(note) for note in notes]
 
 
 def _budget(runs: pd.DataFrame) -> str:
-    unit, amounts = str(runs["budget_unit"].iloc[0]), sorted(set(runs["budget_amount"]))
-    return f"Budget: {' or '.join(f'{amount:,.10g}' for amount in amounts)} {UNITS[unit]}, for every run (equal within 1%)."
+    budgets = sorted({(str(unit), float(amount)) for unit, amount in _records(runs, "budget_unit", "budget_amount")})
+    written = " or ".join(f"{amount:,.10g} {UNITS[unit]}" for unit, amount in budgets)
+    return f"Budget: {written}" + (", for every run (equal within 1%)." if len(budgets) == 1 else ".")
 
 
-def _protocol(frame: pd.DataFrame) -> str:
+def _protocols(frame: pd.DataFrame) -> list[str]:
+    """A note for each protocol: there is one, unless several were allowed."""
     scored = frame[(frame["protocol_hash"] != "") & (frame["run"] != FLOOR)]
+    return [_protocol(str(protocol_hash), rows) for protocol_hash, rows in scored.groupby("protocol_hash")]
+
+
+def _protocol(protocol_hash: str, scored: pd.DataFrame) -> str:
     protocol = json.loads(scored["protocol"].iloc[0])
     parts = [f"{key.replace('_', ' ')} {protocol[key]}" for key in PROTOCOL_FIELDS if protocol.get(key) not in (None, "")]
     evaluations = scored[scored["metric"] == "network_evaluations_per_sample"]["value"]
@@ -56,17 +88,17 @@ def _protocol(frame: pd.DataFrame) -> str:
         low, high = int(evaluations.min()), int(evaluations.max())
         parts.append(f"{low if low == high else f'{low}–{high}'} network evaluations per sample")
     parts.append(f"n = {', '.join(str(n) for n in sorted(set(scored['n'].dropna())))}")
-    return f"Protocol {scored['protocol_hash'].iloc[0]}: {', '.join(parts)}. FID depends on n: compare it at equal n only."
+    return f"Protocol {protocol_hash}: {', '.join(parts)}. FID depends on n: compare it at equal n only."
 
 
-def _marks(runs: pd.DataFrame) -> str:
-    counts = runs.groupby(["label", "options"])["run"].nunique()
-    low, high = int(counts.min()), int(counts.max())
+def _marks(groups: Sequence[Group]) -> str:
+    low, high = (f(group.num_seeds for group in groups) for f in (min, max))
     seeds = f"{low}" if low == high else f"{low} to {high}"
-    text = f"Best in bold, second underlined; equal ones share the mark. Seeds per row: {seeds}"
-    if high >= 3:
-        text += ", with the mean ± its 95% interval (Student's t) where there are three or more"
-    if low < 3:
+    text = f"Best mean in bold, second underlined; what is written alike{SHARED if high >= MIN_SEEDS else ''} shares the mark."
+    text += f" Seeds per row: {seeds}"
+    if high >= MIN_SEEDS:
+        text += ", with the mean ± the half-width of its 95% interval (Student's t over seeds) where there are three or more"
+    if low < MIN_SEEDS:
         text += "; with fewer than three all points are listed and differences may be chance"
     return text + "."
 
@@ -98,13 +130,23 @@ def side_by_side(runs: pd.DataFrame) -> bool | None:
     return any(later[0] < earlier[1] for earlier, later in pairwise(sorted(times)))
 
 
-def _code(runs: pd.DataFrame) -> str:
-    versions = []
-    for code_hash, commit, dirty in sorted(_records(runs, "code_hash", "commit", "dirty"), key=str):
+def _code(groups: Sequence[Group]) -> str:
+    """Which code made the runs; where there are several, of which rows, and of which runs if a row is of more than one."""
+    runs = pd.concat([group.runs.assign(shown=group.label) for group in groups])
+    rows_of: dict[tuple[Any, ...], list[str]] = {}
+    for label, of_row in runs.groupby("shown", sort=False):
+        versions = _records(of_row, "code_hash", "commit", "dirty")
+        for version in versions:
+            own = [run for run, *other in _records(of_row, "run", "code_hash", "commit", "dirty") if tuple(other) == version]
+            rows_of.setdefault(version, []).append(str(label) if len(versions) == 1 else f"{label} ({', '.join(own)})")
+    texts = []
+    for version in sorted(rows_of, key=str):
+        code_hash, commit, dirty = version
         state = {True: "with uncommitted changes", False: "clean", None: "unknown whether clean"}[dirty]
-        versions.append(f"{code_hash or 'unknown'} ({f'commit {commit[:10]}, {state}' if commit else 'no commit'})")
+        text = f"{code_hash or 'unknown'} ({f'commit {commit[:10]}, {state}' if commit else 'no commit'})"
+        texts.append(f"{text} of {', '.join(rows_of[version])}" if len(rows_of) > 1 else text)
     mixed = " The runs were made by different code." if runs["code_hash"].nunique() > 1 else ""
-    return f"Code: {'; '.join(versions)}.{mixed}"
+    return f"Code: {'; '.join(texts)}.{mixed}"
 
 
 def _records(frame: pd.DataFrame, *columns: str) -> list[tuple[Any, ...]]:

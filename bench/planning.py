@@ -1,0 +1,130 @@
+"""What would a suite run, what does each run cost, and may they be compared? Nothing is written and nothing allocated."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import cache
+
+import torch
+
+from bench import job
+from bench.budget import plan as plan_budget
+from bench.config import RunConfig, content_hash
+from bench.data import load_data
+from bench.evaluate import protocol_of
+from bench.flops import Cost, measure
+from bench.memory import training_bytes
+from bench.method import Method
+from bench.sample import make_sampler
+from bench.suite import SuiteRun
+
+EQUAL_WITHIN = 0.01
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run of a suite, and what it will take."""
+
+    run: SuiteRun
+    num_images: float  # nan where the budget is a time
+    train_flops: float  # nan where the budget is a time
+    device_seconds: float  # nan unless the budget is a time
+    memory_bytes: int  # of one rank, an estimate
+    stored_parameters: int
+
+    @property
+    def config(self) -> RunConfig:
+        return self.run.config
+
+    @property
+    def label(self) -> str:
+        return self.config.label or self.config.method
+
+    def device_hours(self, teraflops: float) -> float:
+        """An estimate, at that speed of one device."""
+        seconds = self.train_flops / (teraflops * 1e12) if self.train_flops == self.train_flops else self.device_seconds
+        return seconds / 3600
+
+
+def plan_runs(runs: Iterable[SuiteRun], world_size: int = 1) -> list[PlannedRun]:
+    """In order. ValueError in one sentence for a run that is not possible, or budgets that are not equal."""
+    planned = [_plan(run, world_size) for run in runs]
+    check_equal(planned)
+    return planned
+
+
+def check_equal(planned: list[PlannedRun]) -> None:
+    """ValueError that names the runs, unless the budgets of each group agree within 1% in one unit."""
+    groups: dict[str, list[PlannedRun]] = defaultdict(list)
+    for each in planned:
+        groups[each.run.group].append(each)
+    for name, group in groups.items():
+        units = {each.config.budget.unit for each in group}
+        amounts = [_spent(each) for each in group]
+        if len(units) > 1 or max(amounts) > min(amounts) * (1 + EQUAL_WITHIN):
+            least, most = group[amounts.index(min(amounts))], group[amounts.index(max(amounts))]
+            if len(units) > 1:
+                most = next(each for each in group if each.config.budget.unit != least.config.budget.unit)
+            where = f"group {name}" if name else "this suite"
+            raise ValueError(
+                f"the budgets of {where} are not equal within 1%: {_named(least)}, {_named(most)}; "
+                "give all its runs the same budget, or put them into groups of their own"
+            )
+
+
+def _spent(planned: PlannedRun) -> float:
+    """What whole steps make of the budget, in its unit."""
+    of_unit = {"images": planned.num_images, "train_flops": planned.train_flops, "device_seconds": planned.device_seconds}
+    return of_unit[planned.config.budget.unit]
+
+
+def _named(planned: PlannedRun) -> str:
+    config = planned.config
+    return f"{config.run_id} ({planned.label}) has {_spent(planned):,.0f} {config.budget.unit}"
+
+
+def _plan(run: SuiteRun, world_size: int) -> PlannedRun:
+    config = run.config
+    data = load_data(config.data)
+    make_sampler(config.diffusion, config.evaluation, config.model, data)
+    protocol_of(config.evaluation, data)
+    key = content_hash({**asdict(config), "seed": 0, "label": ""}, 32)
+    if key not in _KNOWN:
+        _KNOWN[key] = config
+    method, cost = _measured(key)
+    batch, num_passes = config.train.batch_size, config.train.micro_batches * world_size
+    if batch % num_passes:
+        raise ValueError(
+            f"train.batch_size {batch} cannot be shared by {world_size} ranks in {config.train.micro_batches} micro-batches "
+            f"each: choose a multiple of {num_passes}, or another cluster profile"
+        )
+    num_steps = plan_budget(config.budget, cost, batch, num_passes).num_steps
+    timed = num_steps is None
+    return PlannedRun(
+        run,
+        float("nan") if num_steps is None else num_steps * batch,
+        float("nan") if num_steps is None else num_steps * cost.train_flops(batch, num_passes),
+        config.budget.amount if timed else float("nan"),
+        _memory(key, world_size),
+        sum(p.numel() for p in method.parameters()),
+    )
+
+
+_KNOWN: dict[str, RunConfig] = {}  # by what is the same for runs that differ in their seed and name alone
+
+
+@cache
+def _measured(key: str) -> tuple[Method, Cost]:
+    """The method on the meta device, and its cost."""
+    config = _KNOWN[key]
+    data = load_data(config.data)
+    with torch.device("meta"):
+        method = job.build_method(config, data)
+    return method, measure(method, (data.channels, data.input_size, data.input_size), data.num_classes)
+
+
+@cache
+def _memory(key: str, world_size: int) -> int:
+    config = _KNOWN[key]
+    data = load_data(config.data)
+    return training_bytes(_measured(key)[0], (data.channels, data.input_size, data.input_size), config.train, world_size)

@@ -1,0 +1,131 @@
+"""Which job is a piece of work in the hands of? One record per run folder, taken before anything is submitted.
+
+Two launches of one suite at once: the first to write `job.json` has the work, the other leaves it alone. A launcher
+that is killed between submitting and noting the job's number has left a token, which is also the job's name: the next
+launch finds the job by it. This keeps the queue free of duplicates; that a run is never trained twice at once, even
+so, is the lease's doing (`bench.lease`), which the job takes itself.
+"""
+
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from bench.files import make_folder, read_json, write_json_atomically
+
+FILE = "job.json"
+LAUNCH_SECONDS = 600.0  # a launcher on another host that has not noted a job by then is dead
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one job does: a run, or one expert of it (`expert`), which has a folder of its own inside the run's."""
+
+    run_folder: Path
+    folder: Path
+    expert: int | None = None
+
+    @property
+    def name(self) -> str:
+        return self.run_folder.name if self.expert is None else f"{self.run_folder.name}:{self.expert}"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Who submits, or has submitted, a piece of work."""
+
+    token: str  # of the submission; the job's name in the queue
+    index: int  # the work's place in the submission: the element of its array
+    host: str  # of the launcher
+    pid: int
+    claimed: float  # seconds since the epoch
+    job: str = ""  # "12_3" or "12", once the cluster has it
+    logs: str = ""  # folder of the job's output
+    snapshot: str = ""  # folder of the code that it runs
+
+    @property
+    def launcher_is_alive(self) -> bool:
+        """As far as can be told from here."""
+        if self.host != socket.gethostname():
+            return time.time() - self.claimed < LAUNCH_SECONDS
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:  # another user's: it lives
+            return True
+        return True
+
+    def job_in(self, names: Mapping[str, str]) -> str:
+        """The job: as noted or, where the launcher did not come to that, as found in the queue (job id -> name); or ''."""
+        if self.job:
+            return self.job
+        array = [job for job, name in names.items() if name == self.token]
+        exact = [job for job in array if job.partition("_")[2] == str(self.index)]
+        alone = [job for job in array if "_" not in job and self.index == 0]
+        return (exact or alone or [""])[0]
+
+
+def read_claim(work: Work) -> Claim | None:
+    """The last one, whether its job lives or not."""
+    record = read_json(work.folder / FILE, dict)
+    try:
+        return Claim(**record) if record else None
+    except TypeError:
+        raise ValueError(f"{work.folder / FILE} is no job record: delete it, once `squeue` shows no job of this run") from None
+
+
+def is_in_hand(claim: Claim, names: Mapping[str, str]) -> bool:
+    """Whether the queue (job id -> name) or a living launcher has the work."""
+    return claim.job_in(names) in names or (not claim.job and claim.launcher_is_alive)
+
+
+def take(works: list[Work], token: str, names: Mapping[str, str], logs: Path, snapshot: Path) -> list[Work]:
+    """Claim what nobody has in hand; the works that are now ours, numbered in their order."""
+    ours: list[Work] = []
+    for work in works:
+        with _only_one(work):
+            before = read_claim(work)
+            if before is None or not is_in_hand(before, names):
+                host, pid, now = socket.gethostname(), os.getpid(), time.time()
+                claim = Claim(token, len(ours), host, pid, now, logs=str(logs), snapshot=str(snapshot))
+                write_json_atomically(work.folder / FILE, asdict(claim))
+                ours.append(work)
+    return ours
+
+
+def adopt(work: Work, names: Mapping[str, str]) -> Claim | None:
+    """Note the job of a launcher that died before it could; None if there is nothing to note."""
+    claim = read_claim(work)
+    job = claim.job_in(names) if claim is not None and not claim.job else ""
+    if claim is None or not job or claim.launcher_is_alive:
+        return None
+    note_job(work, claim.token, job)
+    return replace(claim, job=job)
+
+
+def note_job(work: Work, token: str, job: str) -> None:
+    """The cluster has it."""
+    claim = read_claim(work)
+    assert claim is not None and claim.token == token, f"the claim of {work.name} was taken away"
+    write_json_atomically(work.folder / FILE, asdict(replace(claim, job=job)))
+
+
+def give_up(work: Work, token: str) -> None:
+    """The cluster did not want it."""
+    claim = read_claim(work)
+    if claim is not None and claim.token == token and not claim.job:
+        (work.folder / FILE).unlink()
+
+
+@contextmanager
+def _only_one(work: Work) -> Iterator[None]:
+    """Launchers look and claim one after the other."""
+    make_folder(work.folder)
+    with open(work.folder / ".claim", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,107 @@
+"""How does work get into the queue of a cluster? As arrays of jobs through submitit, each piece of work once."""
+
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import submitit
+from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError, JobPaths
+
+from bench.files import make_folder
+from slurm import queue
+from slurm.claims import Claim, Work, adopt, give_up, note_job, take
+from slurm.profile import Profile
+from slurm.task import Task, Train
+
+# A warning that comes while Python still loads would end it: ignored until the task listens (env --ignore-signal is too new).
+DEAF_WHILE_LOADING = """bash -c 'trap "" USR2; exec "$@"' bash"""
+REQUEUES_OF_SUBMITIT = 1_000_000  # the task counts its own starts, those without progress
+
+
+class Executor(submitit.SlurmExecutor):
+    """submitit's, which can also be asked for its batch script where there is no Slurm."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 2
+
+    @classmethod
+    def name(cls) -> str:
+        return "slurm"
+
+
+def make_executor(profile: Profile, job_name: str, logs: Path, snapshot: Path) -> Executor:
+    python = f"{DEAF_WHILE_LOADING} {profile.python_command}"
+    executor = Executor(logs, max_num_timeout=REQUEUES_OF_SUBMITIT, python=python)
+    executor.update_parameters(**profile.sbatch_parameters(job_name, snapshot))
+    return executor
+
+
+def batch_script(profile: Profile, job_name: str, logs: Path, snapshot: Path, count: int) -> str:
+    """The script that `submit` would hand to sbatch for an array of `count` (one alone: no array). Writes nothing."""
+    executor = make_executor(profile, job_name, logs, snapshot)
+    if count > 1:
+        executor.parameters["map_count"] = count
+    return executor._make_submission_file_text(executor._submitit_command_str, "")
+
+
+def submit(works: list[Work], train: Train, profile: Profile, snapshot: Path, logs: Path) -> dict[Work, str]:
+    """Put into the queue what is in nobody's hands; work -> job.
+
+    ValueError in one sentence if the cluster refuses: what it took before stays, and nothing of the rest is left behind.
+    """
+    make_folder(logs)
+    jobs: dict[Work, str] = {}
+    elements = min(profile.max_array_elements, queue.max_array_size() or profile.max_array_elements)
+    names = queue.live_names()
+    for work in works:
+        if (orphan := adopt(work, names)) is not None:
+            _give_pickle(work, orphan, train, profile)
+    for chunk in _chunks(works, elements):
+        token = f"tsbench-{uuid.uuid4().hex[:12]}"
+        ours = take(chunk, token, queue.live_names(), logs, snapshot)
+        if not ours:
+            continue
+        if jobs:
+            time.sleep(profile.submit_every_seconds)
+        try:
+            submitted = _submit_one(ours, train, profile, snapshot, logs, token)
+        except ValueError:
+            for work in ours:
+                give_up(work, token)
+            raise
+        for work, job in zip(ours, submitted, strict=True):
+            note_job(work, token, job)
+            jobs[work] = job
+    return jobs
+
+
+def _submit_one(works: list[Work], train: Train, profile: Profile, snapshot: Path, logs: Path, token: str) -> list[str]:
+    """One array; the elements' jobs."""
+    executor = make_executor(profile, token, logs, snapshot)
+    tasks = [Task(train, work, profile.restarts_without_progress) for work in works]
+    try:
+        return [job.job_id for job in executor.submit_array(tasks)]
+    except (FailedJobError, FailedSubmissionError) as error:
+        raise ValueError(queue.submission_error(str(error))) from None
+
+
+def _give_pickle(work: Work, orphan: Claim, train: Train, profile: Profile) -> None:
+    """What a launcher that died right after submitting did not come to leave: the task, for which the job waits a minute."""
+    path = JobPaths(orphan.logs, job_id=orphan.job).submitted_pickle
+    if not path.exists():
+        delayed = DelayedSubmission(Task(train, work, profile.restarts_without_progress))
+        delayed.set_timeout(profile.minutes, REQUEUES_OF_SUBMITIT)
+        delayed.dump(path)
+
+
+def output_of(job: str, logs: str) -> list[Path]:
+    """Files that the job's first task has written, its errors last."""
+    paths = JobPaths(logs, job_id=job)
+    return [path for path in (paths.stdout, paths.stderr) if path.exists()]
+
+
+def _chunks(works: list[Work], size: int) -> Iterator[list[Work]]:
+    for start in range(0, len(works), size):
+        yield works[start : start + size]

@@ -1,0 +1,38 @@
+"""What do the tests of leases share? A lease whose holder is no more, and looks at what is there."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from bench import lease
+
+ROOT = Path(__file__).parent.parent
+BUSY = "is being worked on by another process"
+FOREIGN = {"host": "n4", "boot_id": "boot of n4", "node": "n4"}
+
+
+def leave_behind(folder: Path, seconds_ago: float = 5, **changes: Any) -> str:
+    """The lease of a process that is no more; its token."""
+    holder = replace(lease.this_process(), **{"flock": True, **changes})
+    path = folder / "lease" / f"{holder.token}.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({key: value for key, value in asdict(holder).items() if key not in lease.SEEN}))
+    renewed = path.stat().st_mtime - seconds_ago
+    os.utime(path, (renewed, renewed))
+    return holder.token
+
+
+def token_of(folder: Path) -> str:
+    (path,) = (folder / "lease").iterdir()
+    return path.stem
+
+
+def wait_until(happened: Callable[[], bool], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "this takes too long"
+        time.sleep(0.01)
