@@ -56,7 +56,7 @@ class EndedJob:
     requested_bytes: int | None  # of one node
     steps: tuple[Step, ...] = ()  # none where the accounting was not asked
     earlier: tuple["EndedJob", ...] = ()  # the attempts before, first to last
-    followed_by: str = ""  # state of a later attempt that is not over, such as RUNNING
+    followed_by: str = ""  # state of a later attempt that is not over, or not wholly recorded, such as RUNNING
 
 
 def ended_jobs(jobs: Iterable[str]) -> dict[str, EndedJob]:
@@ -156,9 +156,12 @@ def parse_remembered(printed: str) -> list[EndedJob]:
 
 
 def last_ended(attempts: list[EndedJob]) -> EndedJob | None:
-    """The last attempt that is over, with those before and what follows."""
-    over = [attempt for attempt in attempts if attempt.state not in NOT_OVER]
-    after = attempts[-1].state if attempts[-1].state in NOT_OVER else ""
+    """The last attempt that is over, with those before and what follows.
+
+    What happened while the accounting was down is recorded late and by pieces: the state before the end and its exit code.
+    """
+    over = [attempt for attempt in attempts if attempt.state not in NOT_OVER and attempt.ended is not None]
+    after = "" if attempts[-1] in over else attempts[-1].state
     return replace(over[-1], earlier=tuple(over[:-1]), followed_by=after) if over else None
 
 
