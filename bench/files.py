@@ -43,8 +43,8 @@ def make_folder(path: Path) -> None:
 
 def read_json(path: Path, kind: type) -> Any:
     """A JSON file of a dict or a list; empty if it does not exist."""
-    text = read_text(path)
-    if not path.exists():
+    text = _text_in(path)
+    if text is None:
         return kind()
     try:
         value = json.loads(text)
@@ -74,9 +74,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def read_text(path: Path) -> str:
+    """Empty if it does not exist."""
+    return _text_in(path) or ""
+
+
+def _text_in(path: Path) -> str | None:
+    """None if it does not exist: told by the one look that reads it, as another process may be about to write it."""
     try:
         return path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
-        return ""
+        return None
     except UnicodeDecodeError:
         raise ValueError(f"{path} is damaged, as it is no UTF-8 text: delete it and run this again") from None

@@ -19,7 +19,7 @@ from bench.intervals import Interval
 from bench.method import Denoiser, Method
 
 BATCHES = (8, 24)
-MAX_INTERVALS = 16  # measured, evenly spaced; the experts of a family usually cost the same
+MAX_INTERVALS = 16  # measured, evenly spaced; one where the method says that all cost the same
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,14 @@ def measure(method: Method, image_shape: tuple[int, int, int], num_classes: int)
     twin = copy.deepcopy(method).to("meta")
     chosen = _spread(twin.intervals)
     fixed = per_image = forward = 0.0  # times the length of the intervals: sums of whole numbers, so that equals stay equal
+    step, evaluation = _count_both(twin, chosen[0], image_shape)
     for interval in chosen:
-        step = [_count_training(twin, interval, image_shape, batch) for batch in BATCHES]
+        if interval != chosen[0] and not method.intervals_cost_alike:
+            step, evaluation = _count_both(twin, interval, image_shape)
         slope = (step[1] - step[0]) / (BATCHES[1] - BATCHES[0])
         fixed += interval.length * (step[0] - slope * BATCHES[0])
         per_image += interval.length * slope
-        denoiser = twin.specialise(interval)
-        evaluation = [_count_evaluation(denoiser, interval, image_shape, batch) for batch in BATCHES]
         forward += interval.length * (evaluation[1] - evaluation[0]) / (BATCHES[1] - BATCHES[0])
-        del denoiser  # before the next one is made
     length = sum(interval.length for interval in chosen)
     return Cost(fixed / length, per_image / length, forward / length)
 
@@ -62,6 +61,13 @@ def count_flops(run: Callable[[], Any]) -> int:
     with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         run()
     return int(counter.get_total_flops())
+
+
+def _count_both(twin: Method, interval: Interval, image_shape: tuple[int, int, int]) -> tuple[list[int], list[int]]:
+    """FLOPs of a training step, and of a specialised network's evaluation, at both batch sizes."""
+    step = [_count_training(twin, interval, image_shape, batch) for batch in BATCHES]
+    denoiser = twin.specialise(interval)
+    return step, [_count_evaluation(denoiser, interval, image_shape, batch) for batch in BATCHES]
 
 
 def _count_training(method: Method, interval: Interval, image_shape: tuple[int, int, int], batch: int) -> int:

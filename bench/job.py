@@ -199,7 +199,8 @@ def _held(trainer: Trainer, folder: Path, is_dead: Callable[[str], bool] | None)
             except ValueError as error:
                 refusal = error
         if not world.decide(refusal is None, trainer.device):  # no rank waits for one that has given up
-            raise refusal or ValueError(f"rank 0 cannot begin run {folder.name}: see its message")
+            kind = lease.Held if world.decide(isinstance(refusal, lease.Held), trainer.device) else ValueError
+            raise refusal or kind(f"rank 0 cannot begin run {folder.name}: see its message")
         yield
 
 

@@ -45,6 +45,10 @@ class LeaseLost(RuntimeError):
     """Another process has taken over the run: nothing more may be written to it."""
 
 
+class Held(ValueError):
+    """Another process works on the run."""
+
+
 @dataclass(frozen=True)
 class Holder:
     """The process that holds a run folder, as it wrote itself down, and what can be seen of it from here."""
@@ -148,7 +152,7 @@ os.register_at_fork(after_in_child=_disown_all)
 
 @contextmanager
 def hold(folder: Path, is_dead: Callable[[str], bool] | None = None) -> Iterator[Lease]:
-    """Hold a run folder, which is made if need be; ValueError if another process holds it or it cannot be written.
+    """Hold a run folder, which is made if need be; Held if another process holds it, ValueError if it cannot be written.
 
     `is_dead` is asked about the job of a holder that runs in one: "12", or "12_3" in an array; a RuntimeError of it passes on.
     """
@@ -231,16 +235,14 @@ def _rename(candidate: Path, place: Path, name: str) -> bool:
 
 
 def _make_room(place: Path, us: Holder, now: float, is_dead: Callable[[str], bool] | None) -> None:
-    """Remove the file of a holder that is gone; ValueError if one works on the run."""
+    """Remove the file of a holder that is gone; Held if one works on the run."""
     holder = _look(place, now)
     if holder is None:
         time.sleep(RETRY_SECONDS)  # it has just left, and another may be about to take the run
     elif _is_gone(holder, us, is_dead):
         (place / f"{holder.token}.json").unlink(missing_ok=True)
     else:
-        raise ValueError(
-            f"run {place.parent.name} is being worked on by another process ({holder}): wait for it or stop it first"
-        )
+        raise Held(f"run {place.parent.name} is being worked on by another process ({holder}): wait for it or stop it first")
     with suppress(OSError):  # not every file system renames over an empty folder
         place.rmdir()
 

@@ -43,6 +43,7 @@ class Method(nn.Module):
 
     intervals: tuple[Interval, ...]
     independent_experts: bool = False  # whether no two intervals share a parameter: they can be trained apart
+    intervals_cost_alike: bool = False  # whether all intervals cost the same, penalties included: then one is measured for all
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, interval: Interval, progress: float = 0.0) -> Prediction:
         """Training pass. x (B, C, H, W) float; t (B,), all in `interval`; y (B,) int64, `num_classes` = no label;

@@ -1,15 +1,16 @@
 """What would a suite run, what does each run cost, and may they be compared? Nothing is written and nothing allocated."""
 
+import json
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 
 import torch
 
 from bench import job
 from bench.budget import plan as plan_budget
-from bench.config import RunConfig, content_hash
+from bench.config import RunConfig
 from bench.data import load_data
 from bench.evaluate import protocol_of
 from bench.flops import Cost, measure
@@ -59,15 +60,13 @@ def check_equal(planned: list[PlannedRun]) -> None:
     for each in planned:
         groups[each.run.group].append(each)
     for name, group in groups.items():
-        units = {each.config.budget.unit for each in group}
-        amounts = [_spent(each) for each in group]
-        if len(units) > 1 or max(amounts) > min(amounts) * (1 + EQUAL_WITHIN):
-            least, most = group[amounts.index(min(amounts))], group[amounts.index(max(amounts))]
-            if len(units) > 1:
-                most = next(each for each in group if each.config.budget.unit != least.config.budget.unit)
+        one, other = min(group, key=_spent), max(group, key=_spent)
+        if of_other_unit := [each for each in group if each.config.budget.unit != group[0].config.budget.unit]:
+            one, other = group[0], of_other_unit[0]
+        if of_other_unit or _spent(other) > _spent(one) * (1 + EQUAL_WITHIN):
             where = f"group {name}" if name else "this suite"
             raise ValueError(
-                f"the budgets of {where} are not equal within 1%: {_named(least)}, {_named(most)}; "
+                f"the budgets of {where} are not equal within 1%: {_named(one)}, {_named(other)}; "
                 "give all its runs the same budget, or put them into groups of their own"
             )
 
@@ -88,16 +87,14 @@ def _plan(run: SuiteRun, world_size: int) -> PlannedRun:
     data = load_data(config.data)
     make_sampler(config.diffusion, config.evaluation, config.model, data)
     protocol_of(config.evaluation, data)
-    key = content_hash({**asdict(config), "seed": 0, "label": ""}, 32)
-    if key not in _KNOWN:
-        _KNOWN[key] = config
-    method, cost = _measured(key)
     batch, num_passes = config.train.batch_size, config.train.micro_batches * world_size
     if batch % num_passes:
         raise ValueError(
             f"train.batch_size {batch} cannot be shared by {world_size} ranks in {config.train.micro_batches} micro-batches "
             f"each: choose a multiple of {num_passes}, or another cluster profile"
         )
+    network = _Network.of(config)
+    method, cost = _measured(network)
     num_steps = plan_budget(config.budget, cost, batch, num_passes).num_steps
     timed = num_steps is None
     return PlannedRun(
@@ -105,26 +102,34 @@ def _plan(run: SuiteRun, world_size: int) -> PlannedRun:
         float("nan") if num_steps is None else num_steps * batch,
         float("nan") if num_steps is None else num_steps * cost.train_flops(batch, num_passes),
         config.budget.amount if timed else float("nan"),
-        _memory(key, world_size),
+        _memory(network, batch // num_passes),
         sum(p.numel() for p in method.parameters()),
     )
 
 
-_KNOWN: dict[str, RunConfig] = {}  # by what is the same for runs that differ in their seed and name alone
+@dataclass(frozen=True)
+class _Network:
+    """What a step's cost depends on: the same for runs that differ in their seed, learning rate, budget ..."""
+
+    key: str
+    config: RunConfig = field(compare=False)
+
+    @staticmethod
+    def of(config: RunConfig) -> "_Network":
+        facts = (config.method, config.options, asdict(config.model), asdict(config.data), config.diffusion.num_timesteps)
+        return _Network(json.dumps(facts), config)
 
 
 @cache
-def _measured(key: str) -> tuple[Method, Cost]:
+def _measured(network: _Network) -> tuple[Method, Cost]:
     """The method on the meta device, and its cost."""
-    config = _KNOWN[key]
-    data = load_data(config.data)
+    data = load_data(network.config.data)
     with torch.device("meta"):
-        method = job.build_method(config, data)
+        method = job.build_method(network.config, data)
     return method, measure(method, (data.channels, data.input_size, data.input_size), data.num_classes)
 
 
 @cache
-def _memory(key: str, world_size: int) -> int:
-    config = _KNOWN[key]
-    data = load_data(config.data)
-    return training_bytes(_measured(key)[0], (data.channels, data.input_size, data.input_size), config.train, world_size)
+def _memory(network: _Network, num_images: int) -> int:
+    data = load_data(network.config.data)
+    return training_bytes(_measured(network)[0], (data.channels, data.input_size, data.input_size), num_images)

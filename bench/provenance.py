@@ -7,7 +7,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +17,7 @@ from bench.files import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESENTATION = {
-    *("__main__", "cli", "demo", "progress", "sweeps", "sweep_views", "planning", "memory", "suite"),
+    *("__main__", "cli", "demo", "progress", "sweeps", "sweep_views", "launch", "planning", "memory", "suite"),
     *("arrays", "files", "lease", "prepare", "provenance", "runs", "stopping"),
     *("figures", "plots", "published", "show", "statistics", "tables", "tidy", "watch"),
 }  # modules of bench that change no number
@@ -55,13 +55,23 @@ def imported_methods(module: str) -> set[str]:
     """A module of `methods`, and those of them that it imports, and they in turn."""
     found, to_read = {module}, [module]
     while to_read:
-        path = ROOT / f"{to_read.pop().replace('.', '/')}.py"
-        nodes = ast.walk(ast.parse(path.read_text())) if path.is_file() else ()
-        imported = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
-        new = {name for name in imported if name.startswith("methods.")} - found
+        new = {name for name in _imports(to_read.pop()) if name.startswith("methods.") and _file_of(name).is_file()} - found
         found |= new
         to_read += sorted(new)
     return found
+
+
+def _imports(module: str) -> Iterator[str]:
+    """All that could be modules in a module's import statements, wherever in it."""
+    for node in ast.walk(ast.parse(_file_of(module).read_text())) if _file_of(module).is_file() else ():
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+
+
+def _file_of(module: str) -> Path:
+    return ROOT / f"{module.replace('.', '/')}.py"
 
 
 def provenance(device: str, threads: int, world_size: int) -> dict[str, Any]:

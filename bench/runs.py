@@ -79,6 +79,12 @@ class Run:
     def diagnostics(self) -> dict[str, Diagnostic]:
         return read_diagnostics(self.path)
 
+    def is_scored_under(self, evaluation: Mapping[str, Any]) -> bool:
+        """Whether there are scores under a protocol of these settings. Files (a reference, an extractor) are not compared."""
+        wanted = {**evaluation, "reference": "adm" if evaluation.get("reference") else "train"} if evaluation else {}
+        protocols = [record["protocol"] for record in self.evaluations]
+        return any(all(protocol.get(key, value) == value for key, value in wanted.items()) for protocol in protocols)
+
     def _scores(self, name: str, needed: tuple[str, ...]) -> list[dict[str, Any]]:
         records: list[dict[str, Any]] = read_json(self.path / name, list)
         for record in records:

@@ -20,17 +20,10 @@ FOLDER = Path(__file__).parent / "suites"
 OF_GROUP = ("title", "baseline", "base", "methods", "grid", "columns", "notes")
 OF_PUBLISHED = ("published", "settings", "deviations")  # of a suite that stands for a table of a paper: bench.published
 KEYS = ("name", "converged", "groups", *OF_PUBLISHED, *OF_GROUP)
-OF_ENTRY = (
-    "name",
-    "colour",
-    "start_from",
-    "group",
-    "grid",
-    "published",
-    "section",
-    "deviations",
-    "notes",
-)  # the rest are settings
+OF_ENTRY = (  # the rest are settings
+    *("name", "colour", "start_from", "group", "grid"),
+    *("published", "section", "deviations", "notes"),
+)
 RUN = "run:"  # before the id of a run, as a value of train.init_from
 
 MakeConfig = Callable[[dict[str, Any], list[str]], RunConfig]
@@ -110,7 +103,7 @@ def _group_runs(
     make_config: MakeConfig,
     before: list[SuiteRun],
 ) -> Iterator[SuiteRun]:
-    base = OmegaConf.merge(suite.get("base") or {}, (group.get("base") or {}) if group is not suite else {})
+    base = OmegaConf.merge(suite.get("base") or {}, group.get("base") or {})
     for entry in group["methods"]:
         tree = OmegaConf.merge(base, {key: value for key, value in entry.items() if key not in OF_ENTRY})
         settings = OmegaConf.to_container(tree, resolve=True)
@@ -132,8 +125,8 @@ def _source(entry_name: str, seed: int, before: list[SuiteRun]) -> SuiteRun:
     fitting = [run for run in named if run.config.seed == seed] or (named if len(named) == 1 else [])
     if len(fitting) != 1:
         raise ValueError(
-            f"start_from is {entry_name!r}, of which {len(fitting)} runs with seed {seed} come before: name an entry of an "
-            "earlier group that has this seed once, or only one run"
+            f"start_from is {entry_name!r}, of which {len(fitting)} runs with seed {seed} come before: name an "
+            "earlier entry that has this seed once, or only one run"
         )
     return fitting[0]
 

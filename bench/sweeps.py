@@ -5,11 +5,13 @@ Runs of all suites lie in one folder (results/runs), by their ids: two suites th
 
 import argparse
 import glob
+import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +19,10 @@ from rich.console import Console
 from rich.live import Live
 
 if TYPE_CHECKING:  # imports are made where they are needed, so that help and refusals come at once
-    from bench.planning import PlannedRun
     from bench.suite import SuiteRun
     from slurm.claims import Work
-    from slurm.profile import Profile
-    from slurm.states import Status
-    from slurm.sweep import Choice, Sweep
+    from slurm.states import Known
+    from slurm.sweep import Sweep
 
 RUNS = Path("results/runs")
 CLUSTERS = ("slurm", "local", "inline")
@@ -39,13 +39,17 @@ def add_parsers(commands: Any) -> None:
         "The same command takes up what was interrupted.",
     )
     _takes_suite(sweep)
-    sweep.add_argument("--cluster", choices=CLUSTERS, required=True, help="where the runs go")
+    sweep.add_argument("--cluster", choices=CLUSTERS, required=True, help="where: on Slurm, as processes here, in this one")
     sweep.add_argument(
         "--profile", default="local", help="a file of slurm/clusters, or a path: what jobs ask for (default local)"
     )
     sweep.add_argument("--dry-run", action="store_true", help="show runs, costs and the batch script; start nothing")
     sweep.add_argument(
-        "--only", nargs="+", default=[], metavar="WHICH", help="planned, failed, stale (these start over), or ids of runs"
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="WHICH",
+        help="planned, failed, stale (kept aside, and begun anew), or ids of runs",
     )
     sweep.add_argument("--wait", action="store_true", help="on Slurm: stay, and submit again what the cluster takes away")
     sweep.add_argument("--workers", type=int, help="with --cluster local: processes at a time (default: one per processor)")
@@ -68,184 +72,88 @@ def add_parsers(commands: Any) -> None:
         description="Take the jobs of a suite, or of one run, off the cluster, and end its processes on this machine. "
         "They save first; a sweep takes them up again.",
     )
-    _takes_suite(cancel, "SUITE|RUN")
+    _takes_suite(cancel, "; or a run's id, its beginning, or its folder")
     cancel.set_defaults(run=run_cancel)
 
 
-def _takes_suite(parser: argparse.ArgumentParser, name: str = "SUITE") -> None:
-    parser.add_argument("suite", metavar=name, help="a suite of bench/suites, or the path of a YAML file")
+def _takes_suite(parser: argparse.ArgumentParser, or_run: str = "") -> None:
+    parser.add_argument("suite", metavar="SUITE", help=f"a suite of bench/suites, or the path of a YAML file{or_run}")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings for all runs, as they were given to sweep")
     parser.add_argument("--runs", type=Path, default=RUNS, help=f"folder of runs (default {RUNS})")
 
 
-@dataclass(frozen=True)
-class Launch:
-    """One `tsbench sweep`: what it was given, and what came of it."""
-
-    parsed: argparse.Namespace
-    profile: "Profile"
-    planned: "list[PlannedRun]"
-    sweep: "Sweep"
-    console: Console
-
-    @property
-    def results(self) -> Path:
-        return Path(self.parsed.runs).absolute().parent
-
-    @property
-    def logs(self) -> Path:
-        return self.results / "jobs" / Path(self.parsed.suite).stem
-
-    def choose(self, statuses: "Mapping[str, Status]") -> "Choice":
-        return self.sweep.choose(statuses, self.parsed.only, with_followers=self.parsed.cluster != "slurm")
-
-    def make_ready(self, choice: "Choice", statuses: "Mapping[str, Status]") -> Path:
-        """Run folders with their configurations, and a snapshot of the code; its folder."""
-        from bench import job
-        from bench.provenance import ROOT
-        from bench.run_folder import set_aside
-        from slurm.snapshot import take_snapshot
-        from slurm.sweep import make_ready
-
-        configs = {each.config.run_id: each.config for each in self.planned}
-        make_ready(choice.start, statuses, lambda item: job.place_config(configs[item.run_id], item.folder), set_aside)
-        return take_snapshot(ROOT, self.results / "code")
-
-    def batch_script(self, choice: "Choice") -> str:
-        """As it would be handed to Slurm, for the first array."""
-        from slurm.submit import batch_script
-
-        count = min(sum(len(item.works) for item in choice.start), self.profile.max_array_elements)
-        return batch_script(self.profile, "tsbench-TOKEN", self.logs, self.results / "code" / "CODE-HASH", count)
-
-    def outcome(self) -> int:
-        """The exit code, after a table of the runs."""
-        from bench.sweep_views import status_table
-
-        statuses, _ = self.sweep.statuses()
-        self.console.print(status_table(self.sweep, statuses))
-        return 0 if all(status.state == "done" for status in statuses.values()) else 1
-
-
 def run_sweep(parsed: argparse.Namespace) -> int:
+    """Exit code 1 if a run that was asked for is not done in the end; on a cluster without --wait that is not known yet."""
+    from bench.launch import Launch
     from bench.planning import plan_runs
     from bench.sweep_views import plan_table
     from slurm.profile import load_profile
 
     if parsed.workers is not None and parsed.workers < 1:
         raise ValueError(f"--workers is {parsed.workers}: give at least 1")
+    settings = [*parsed.settings, *(word for word in parsed.only if "=" in word)]  # --only takes all the words that follow
+    only = [word for word in parsed.only if "=" not in word]
     profile = load_profile(parsed.profile)
     on_slurm = parsed.cluster == "slurm"
-    settings = [*parsed.settings, f"system.device={profile.device}"] if on_slurm else parsed.settings
-    runs, sweep = make_sweep(parsed.suite, settings, parsed.runs)
+    of_profile = [f"system.device={profile.device}"] if on_slurm else []
+    runs, sweep = make_sweep(parsed.suite, [*settings, *of_profile], parsed.runs)
     planned = plan_runs(runs, profile.world_size if on_slurm else 1)
-    launch = Launch(parsed, profile, planned, sweep, _console())
+    results = parsed.runs.absolute().parent
+    launch = Launch(parsed.suite, _as_typed(parsed, settings), planned, sweep, profile, results, _console())
     statuses, known = sweep.statuses()
-    choice = launch.choose(statuses)
+    choice = sweep.choose(statuses, only, with_followers=not on_slurm)
+    _warn(known)
     if parsed.dry_run:
         launch.console.print(plan_table(planned, statuses, choice, profile))
         if on_slurm and choice.start:
-            print(f"\n{launch.batch_script(choice)}", end="")
+            print("\nThe batch script (TOKEN and CODE-HASH are filled in when it is submitted):\n")
+            print(launch.batch_script(choice), end="")
         return 0
-    if known.warning:
-        print(f"warning: {known.warning}", file=sys.stderr)
     for reason, count in Counter(choice.reasons.values()).items():
-        launch.console.print(f"{count} of {len(planned)} runs: {reason}")
-    return {"slurm": _on_slurm, "local": _side_by_side, "inline": _in_this_process}[parsed.cluster](launch, statuses, choice)
-
-
-def _on_slurm(launch: Launch, statuses: "Mapping[str, Status]", choice: "Choice") -> int:
-    from bench import job
-    from bench.sweep_views import Changes
-    from slurm import queue
-    from slurm.sweep import start_on_slurm, wait
-
-    here, why = queue.cluster_is_here()
-    if not here:
-        raise ValueError(
-            f"there is no Slurm cluster here ({why}): run this on a login node, start one with slurm/local_cluster.sh, look at "
-            "the plan with --dry-run, or use --cluster local"
-        )
-
-    def start(choice: "Choice", statuses: "Mapping[str, Status]") -> None:
-        snapshot = launch.make_ready(choice, statuses)
-        jobs = start_on_slurm(choice.start, job.work_on, launch.profile, snapshot, launch.logs)
-        for array, count in Counter(name.partition("_")[0] for name in jobs.values()).items():
-            launch.console.print(f"submitted job {array}: {count} {'job' if count == 1 else 'jobs'}")
-
-    if choice.start:
-        start(choice, statuses)
-    given = " ".join([launch.parsed.suite, *launch.parsed.settings])
-    if not launch.parsed.wait:
-        launch.console.print(f"See `tsbench status {given}`; the same sweep again takes up what the cluster takes away.")
-        return 0
-    wait(launch.sweep, start, Changes(launch.sweep, launch.console))
-    return launch.outcome()
-
-
-def _side_by_side(launch: Launch, statuses: "Mapping[str, Status]", choice: "Choice") -> int:
-    from bench.watch import Watch, default_workers
-    from slurm.local import run_side_by_side
-    from slurm.sweep import jobs_of
-
-    if choice.start:
-        snapshot = launch.make_ready(choice, statuses)
-        workers = launch.parsed.workers or default_workers(max(item.threads for item in choice.start))
-        hours = {each.config.run_id: each.device_hours(1.0) for each in launch.planned}
-        jobs = jobs_of(choice.start, snapshot, hours)
-        with Watch(tuple(each.config for each in launch.planned), jobs, launch.console, with_names=True) as watch:
-            run_side_by_side(jobs, workers, watch)
-    return launch.outcome()
-
-
-def _in_this_process(launch: Launch, statuses: "Mapping[str, Status]", choice: "Choice") -> int:
-    from bench import job
-    from bench.journal import Diverged
-
-    launch.make_ready(choice, statuses)
-    for item in choice.start:
-        launch.console.print(f"{item.run_id} ({item.label})")
-        try:
-            job.work_on(item.folder)
-        except (ValueError, Diverged) as error:  # the others go on; the run's folder holds the cause
-            print(f"tsbench: run {item.run_id} failed: {error}", file=sys.stderr)
-    return launch.outcome()
+        launch.console.print(f"{count} of {len(sweep.items)} runs: {reason}", highlight=False)
+    with _in_one_sentence():
+        if on_slurm:
+            return launch.on_slurm(choice, statuses, stay=parsed.wait)
+        if parsed.cluster == "local":
+            return launch.side_by_side(choice, statuses, parsed.workers)
+        return launch.in_this_process(choice, statuses)
 
 
 def run_status(parsed: argparse.Namespace) -> int:
-    from bench.sweep_views import status_table
+    from bench.sweep_views import Changes, print_status, status_view
 
     _, sweep = make_sweep(parsed.suite, parsed.settings, parsed.runs)
     console = _console()
     statuses, known = sweep.statuses()
-    if parsed.watch and console.is_terminal:
-        with Live(status_table(sweep, statuses), console=console, auto_refresh=False) as live:
-            while any(status.state in ("queued", "running", "preempted") for status in statuses.values()):
-                time.sleep(WATCH_SECONDS)
-                statuses, known = sweep.statuses()
-                live.update(status_table(sweep, statuses), refresh=True)
-    else:
-        console.print(status_table(sweep, statuses))
-    if known.warning:
-        print(f"warning: {known.warning}", file=sys.stderr)
+    with (
+        Live(console=console, auto_refresh=False, transient=True)
+        if parsed.watch and console.is_terminal
+        else nullcontext() as live
+    ):
+        changes = Changes(sweep, console)
+        while parsed.watch and (not known.answers or any(status.in_hand for status in statuses.values())):
+            live.update(status_view(sweep, statuses), refresh=True) if live else changes(statuses)
+            time.sleep(WATCH_SECONDS)
+            statuses, known = sweep.statuses()
+    print_status(console, sweep, statuses, _as_typed(parsed, parsed.settings))
+    _warn(known)
     return 0
 
 
 def run_logs(parsed: argparse.Namespace) -> int:
-    from bench.runs import expert_folder
-    from slurm.claims import Work, read_claim
+    from slurm.claims import read_claim
     from slurm.submit import output_of
 
     name, _, expert = parsed.name.partition(":")
     if expert and not expert.isdigit():
         raise ValueError(f"{parsed.name!r} names expert {expert!r}: give its number, as in {name}:2")
     folder = find_run(parsed.runs, name)
-    place = expert_folder(folder, int(expert)) if expert else folder
-    claim = read_claim(Work(folder, place, int(expert) if expert else None)) if place.is_dir() else None
-    files = [*(output_of(claim.job, claim.logs) if claim is not None and claim.job else []), folder / "log.txt"]
+    works = [work for work in works_in(folder) if not expert or work.expert == int(expert)]
+    claims = [claim for work in works if (claim := read_claim(work)) is not None and claim.job]
+    files = [*(path for claim in claims for path in output_of(claim.job, claim.logs)), folder / "log.txt"]
     files = [path for path in files if path.is_file()]
     if not files:
-        raise ValueError(f"{place} tells of no job that has printed anything yet: see `tsbench status`")
+        raise ValueError(f"no job of {parsed.name} has printed anything here yet: see `tsbench status`")
     for path in files:
         lines = path.read_text(errors="replace").splitlines()
         print(f"==> {path} <==")
@@ -254,6 +162,7 @@ def run_logs(parsed: argparse.Namespace) -> int:
 
 
 def run_cancel(parsed: argparse.Namespace) -> int:
+    from bench.sweep_views import count_of
     from slurm import queue
     from slurm.claims import read_claim
     from slurm.local import end_process
@@ -263,13 +172,15 @@ def run_cancel(parsed: argparse.Namespace) -> int:
         _, sweep = make_sweep(parsed.suite, parsed.settings, parsed.runs)
         works = [work for item in sweep.items for work in item.works]
     else:
-        works = works_in(find_run(parsed.runs, parsed.suite))
+        works = works_in(find_run(parsed.runs, parsed.suite, "a suite, "))
     known = ask_cluster(works)
     names = {job: live.name for job, live in known.live.items()}
     jobs = [job for work in works if (claim := read_claim(work)) is not None and (job := claim.job_in(names)) in known.live]
-    queue.cancel(jobs)
+    with _in_one_sentence():
+        queue.cancel(jobs)
     ended = [work for work in works if end_process(work.folder)]
-    print(f"cancelled {len(jobs)} jobs, ended {len(ended)} processes on this machine")
+    print(f"cancelled {count_of(len(jobs), 'job')}, ended {count_of(len(ended), 'process', 'processes')} on this machine")
+    _warn(known)
     return 0
 
 
@@ -289,6 +200,7 @@ def make_sweep(name: str, settings: list[str], runs_folder: Path) -> "tuple[list
             budget=asdict(run.config.budget),
             threads=run.config.train.threads,
             after=run.starts_from,
+            evaluation=asdict(run.config.evaluation),
         )
         for run_id, run in runs.items()
     ]
@@ -301,14 +213,16 @@ def is_suite(name: str) -> bool:
     return name.endswith((".yaml", ".yml")) or (FOLDER / f"{name}.yaml").exists()
 
 
-def find_run(runs_folder: Path, name: str) -> Path:
-    """A run's folder, by path, id or the beginning of its id."""
+def find_run(runs_folder: Path, name: str, also: str = "") -> Path:
+    """A run's folder, by path, id or the beginning of its id. `also`: what else the user could have given."""
     if (Path(name) / "config.yaml").is_file():
         return Path(name).absolute()
     found = sorted(path.parent for path in runs_folder.glob(f"{glob.escape(name)}*/config.yaml"))
     if len(found) != 1:
         some = f" ({', '.join(path.name for path in found[:3])})" if found else ""
-        raise ValueError(f"{name!r} names {len(found)} runs in {runs_folder}{some}: give one run's id, or its folder")
+        raise ValueError(
+            f"{name!r} names {len(found) or 'no'} runs in {runs_folder}{some}: give {also}one run's id, or its folder"
+        )
     return found[0].absolute()
 
 
@@ -320,6 +234,28 @@ def works_in(folder: Path) -> "list[Work]":
     return [Work(folder, folder), *(Work(folder, place, index) for index, place in expert_folders(folder).items())]
 
 
+@contextmanager
+def _in_one_sentence() -> Iterator[None]:
+    """A cluster that stops to answer is no fault of ours."""
+    from slurm.queue import ClusterUnreachable
+
+    try:
+        yield
+    except ClusterUnreachable as error:
+        raise ValueError(str(error)) from None
+
+
+def _warn(known: "Known") -> None:
+    if known.warning:
+        print(f"warning: {known.warning}", file=sys.stderr)
+
+
+def _as_typed(parsed: argparse.Namespace, settings: list[str]) -> str:
+    """Suite, settings and runs folder, for a command line."""
+    folder = [] if parsed.runs == RUNS else ["--runs", str(parsed.runs)]
+    return shlex.join([parsed.suite, *settings, *folder])
+
+
 def _console() -> Console:
     """As wide as its content where nobody looks: a file or a pipe has no width."""
-    return Console() if sys.stdout.isatty() else Console(width=200)
+    return Console() if sys.stdout.isatty() else Console(width=1000)

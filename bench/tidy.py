@@ -169,7 +169,7 @@ def _record(run: Run) -> dict[str, Any]:
 
 def _costs(run: Run) -> dict[str, float]:
     if not run.summary:
-        return {"images_seen": float(read_json(run.path / "progress.json", dict).get("images_seen", 0))}
+        return {"images_seen": run.images_seen}
     costs: dict[str, float] = {}
     for name, value in run.summary.items():
         if isinstance(value, list):

@@ -26,6 +26,7 @@ class MultiExpert(Method):
     """`experts` backbones, the i-th over the i-th of as many intervals."""
 
     independent_experts = True
+    intervals_cost_alike = True
 
     def __init__(self, shape: Shape, *, num_timesteps: int = 1000, experts: int = 4) -> None:
         super().__init__()

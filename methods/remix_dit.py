@@ -111,6 +111,8 @@ class RemixBlock(Block):
 class RemixDiT(Method):
     """`experts` networks mixed from `bases` sets of block weights; expert e has the e-th of as many intervals."""
 
+    intervals_cost_alike = True
+
     def __init__(
         self,
         shape: Shape,

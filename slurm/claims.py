@@ -10,7 +10,7 @@ import fcntl
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -84,27 +84,31 @@ def is_in_hand(claim: Claim, names: Mapping[str, str]) -> bool:
     return claim.job_in(names) in names or (not claim.job and claim.launcher_is_alive)
 
 
-def take(works: list[Work], token: str, names: Mapping[str, str], logs: Path, snapshot: Path) -> list[Work]:
-    """Claim what nobody has in hand; the works that are now ours, numbered in their order."""
+def take(works: list[Work], token: str, live_names: Callable[[], Mapping[str, str]], logs: Path, snapshot: Path) -> list[Work]:
+    """Claim what nobody has in hand; the works that are now ours, numbered in their order.
+
+    The queue (job id -> name) is asked after the claims were read: one that has changed since then is another launcher's,
+    whose job that answer may not hold yet.
+    """
+    before = {work: read_claim(work) for work in works}
+    names = live_names()
     ours: list[Work] = []
-    for work in works:
+    for work, claim in before.items():
         with _only_one(work):
-            before = read_claim(work)
-            if before is None or not is_in_hand(before, names):
+            if read_claim(work) == claim and (claim is None or not is_in_hand(claim, names)):
                 host, pid, now = socket.gethostname(), os.getpid(), time.time()
-                claim = Claim(token, len(ours), host, pid, now, logs=str(logs), snapshot=str(snapshot))
-                write_json_atomically(work.folder / FILE, asdict(claim))
+                own = Claim(token, len(ours), host, pid, now, logs=str(logs), snapshot=str(snapshot))
+                write_json_atomically(work.folder / FILE, asdict(own))
                 ours.append(work)
     return ours
 
 
-def adopt(work: Work, names: Mapping[str, str]) -> Claim | None:
-    """Note the job of a launcher that died before it could; None if there is nothing to note."""
+def orphan(work: Work, names: Mapping[str, str]) -> Claim | None:
+    """The claim, with its job, of a launcher that died before it could note that job; None if there is nothing to note."""
     claim = read_claim(work)
     job = claim.job_in(names) if claim is not None and not claim.job else ""
     if claim is None or not job or claim.launcher_is_alive:
         return None
-    note_job(work, claim.token, job)
     return replace(claim, job=job)
 
 

@@ -73,21 +73,16 @@ class Job:
         return progress
 
     def failure(self) -> str:
-        """One sentence on why a finished process left no `done`; empty if it did."""
+        """One sentence on why a finished process has not done its work; empty if it has."""
+        code = None if self.process is None else self.process.returncode
+        if self.expert is not None and code == 0 and (self.place / "done").exists():
+            return ""  # the job of another expert puts the run together
+        if cause := read_run(self.folder).failure:
+            return cause
         if (self.folder / "done").exists():
             return ""
         if self.process is None:
             return f"it starts from {self.after.name}, which is not done" if self.after else "it was not started"
-        if (
-            self.expert is not None
-            and self.process.returncode == 0
-            and (expert_folder(self.folder, self.expert) / "done").exists()
-        ):
-            return ""  # the job of another expert puts the run together
-        cause = read_run(self.folder).failure
-        if cause:
-            return cause
-        code = self.process.returncode
         if code is not None and code < 0:
             return f"its process was ended by signal {-code}"
         lines = read_text(self.folder / "log.txt").strip().splitlines()

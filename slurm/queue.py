@@ -26,6 +26,7 @@ PING_SECONDS = 10.0  # of one call: without a readable slurm.conf it would try f
 REQUEUE_TRIES = 3
 # Slurm's own signals reach every process of a job, also the one that is asking for the requeue.
 DEAF = 'trap "" TERM USR1 USR2 HUP INT CONT; exec "$@"'
+UNHEARD = ("unable to contact slurm controller", "timed out")  # said by an sbatch that reached no controller
 # What sbatch says, and what to change in the profile. The more special come first: sbatch may say two of them.
 REFUSALS = (
     ("unable to contact slurm controller", "try again when the cluster's controller is up"),
@@ -131,7 +132,7 @@ def cancel(jobs: Iterable[str], patience_seconds: float = PATIENCE_SECONDS) -> N
         }
         left = [job for chunk, _ in failed for job in chunk if job in names]
         if left and time.monotonic() >= deadline:
-            raise ClusterUnreachable(f"{len(left)} jobs cannot be cancelled ({why(failed[0][1])}): try `scancel {left[0]}`")
+            raise ClusterUnreachable(f"cancelling {len(left)} of the jobs fails ({why(failed[0][1])}): try `scancel {left[0]}`")
         if left:
             time.sleep(PAUSE_SECONDS)
 
@@ -140,6 +141,12 @@ def max_array_size() -> int | None:
     """How many elements an array may have, numbered from 0; None where the cluster does not say."""
     match = re.search(r"^MaxArraySize\s*=\s*(\d+)", call("scontrol", "show", "config").stdout, re.MULTILINE)
     return int(match[1]) if match else None
+
+
+def refusal(stderr: str) -> ValueError | ClusterUnreachable:
+    """What to raise for what sbatch says. A cluster that does not answer may answer later."""
+    unheard = any(words in stderr.lower() for words in UNHEARD)
+    return (ClusterUnreachable if unheard else ValueError)(submission_error(stderr))
 
 
 def submission_error(stderr: str) -> str:

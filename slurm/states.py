@@ -11,13 +11,13 @@ stale      begun or made by other code than this
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bench import lease
 from bench.files import read_json
-from bench.runs import SPENT, Run, expert_folders, run_state
+from bench.runs import SPENT, Run, expert_folders
 from slurm import queue
 from slurm.claims import Work, read_claim
 from slurm.submit import output_of
@@ -27,7 +27,7 @@ RESUMABLE = ("time limit", "node lost", "preempted", "killed", "unknown")  # the
 NO_MORE_THAN = 3  # changed files that are named
 
 CodeDifference = Callable[[Run], list[str]]
-"""The files in which the code that a run was made by differs from this one. `bench.provenance.difference_of`."""
+"""The files in which the code that a run was made by differs from this one. `bench.job.difference_of`."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ class Status:
     changed: tuple[str, ...] = ()  # files, of a stale run
 
     @property
+    def in_hand(self) -> bool:
+        """Whether somebody works on it, or will."""
+        return self.state in ("queued", "running") or bool(self.jobs)
+
+    @property
     def resumable(self) -> bool:
         """Whether a launch takes it up again without being asked to."""
         return self.state in ("planned", "preempted") or (self.state == "failed" and self.kind in RESUMABLE)
@@ -53,8 +58,9 @@ class Known:
     """What the cluster says, read once for many runs."""
 
     live: Mapping[str, Any]  # job -> queue.LiveJob
-    ended: Mapping[str, Any]  # job -> queue.EndedJob; empty where the accounting does not answer
+    ended: Mapping[str, Any]  # job -> queue.EndedJob
     warning: str = ""
+    answers: bool = True  # else nothing is known of any job
 
 
 NOTHING = Known({}, {})
@@ -63,44 +69,74 @@ NOTHING = Known({}, {})
 def ask_cluster(works: Iterable[Work]) -> Known:
     """One question to the queue and one to the accounting, about all jobs that were ever noted for the works."""
     claims = [claim for work in works if (claim := read_claim(work)) is not None]
-    if not claims or not queue.cluster_is_here()[0]:
+    if not claims:
         return NOTHING
-    live = queue.live_jobs()
     jobs = [claim.job for claim in claims if claim.job]
     try:
-        return Known(live, queue.ended_jobs(jobs))
+        here, why = queue.cluster_is_here()
+        if not here:
+            unknown = f"no cluster can be asked what became of jobs ({why})" if jobs else ""
+            return Known({}, {}, unknown, answers=False)
+        live = queue.live_jobs()
+        return Known(live, *_ended(jobs, live))
+    except queue.ClusterUnreachable as error:
+        return Known({}, {}, str(error), answers=False)
+
+
+def _ended(jobs: list[str], live: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """How jobs ended, and a warning. What the accounting has not heard of yet, the controller still remembers."""
+    ended, warning = {}, ""
+    try:
+        ended = queue.ended_jobs(jobs)
     except queue.AccountingUnavailable as error:
-        return Known(live, queue.recently_ended(jobs), f"the accounting does not answer ({error}): causes may be missing")
+        warning = f"the accounting does not answer ({error}): causes may be missing"
+    lagging = [job for job in jobs if job not in live and (job not in ended or ended[job].followed_by)]
+    return {**ended, **(queue.recently_ended(lagging) if lagging else {})}, warning
 
 
-def status_of(works: list[Work], known: Known, difference: CodeDifference, budget: Mapping[str, Any]) -> Status:
-    """The status of one run, given all its pieces of work (one, or one per expert)."""
+def status_of(
+    works: list[Work],
+    known: Known,
+    difference: CodeDifference,
+    budget: Mapping[str, Any],
+    evaluation: Mapping[str, Any] | None = None,
+) -> Status:
+    """The status of one run, given all its pieces of work (one, or one per expert).
+
+    `evaluation`: settings under which it has to be scored to be done; by default any.
+    """
     run = Run(works[0].run_folder)
-    changed = tuple(difference(run))
-    folder_state = run_state(run.path) if run.path.exists() else "planned"
+    places = [run.path, *expert_folders(run.path).values()]
+    changed = tuple(dict.fromkeys(file for place in places for file in difference(Run(place))))
     fraction = fraction_of(run.path, budget)
-    if folder_state == "done":
+    is_made = (run.path / "done").exists()
+    if is_made and (changed or run.is_scored_under(evaluation or {})):
         return Status("stale" if changed else "done", _made_by(changed) if changed else "", 1.0, changed=changed)
-    each = [work_status(work, known) for work in works]
+    each = [_named(work, work_status(work, known)) for work in works]
+    if works[0].folder != run.path and (failure := failure_in(run.path)) is not None:
+        each.append(failure)  # of the job that put the experts together
     jobs = tuple(job for status in each for job in status.jobs)
     states = [status.state for status in each]
     if "running" in states:
         return Status("running", _phase(run, fraction), fraction, seconds_left(run, fraction), jobs)
-    waiting = next((s for s in ("queued", "preempted") if s in states and jobs), "")
+    waiting = "queued" if "queued" in states else "preempted" if "preempted" in states and jobs else ""
     if waiting:
         reason = next(status.detail for status in each if status.state == waiting)
         return Status(waiting, "; ".join(filter(None, (reason, _begun(fraction)))), fraction, jobs=jobs)
     if changed and has_begun(run.path):
         return Status("stale", _made_by(changed), fraction, changed=changed)
+    each.sort(key=lambda status: status.resumable)  # what no launch takes up by itself is told first
     worst = next((status for name in ("diverged", "failed", "preempted") for status in each if status.state == name), None)
     if worst is not None:
         return Status(worst.state, worst.detail, fraction, kind=worst.kind)
+    if is_made:
+        return Status("planned", "trained; to be scored under these settings", fraction)
     told = next((status for status in each if status.detail), Status("planned", _begun(fraction)))
     return Status("planned", told.detail, fraction, kind=told.kind)
 
 
 def work_status(work: Work, known: Known) -> Status:
-    """Of one piece of work that has not come to its end."""
+    """Of one piece of work; of a run that is trained, whether it is being scored once more."""
     claim = read_claim(work)
     job = claim.job_in({job: live.name for job, live in known.live.items()}) if claim is not None else ""
     if job in known.live:
@@ -109,20 +145,36 @@ def work_status(work: Work, known: Known) -> Status:
             taken = before is not None and before.state == "PREEMPTED"
             return Status("preempted" if taken else "queued", live.reason, jobs=(job,))
         return Status("running", live.nodes, jobs=(job,))
-    if (work.folder / "done").exists():
-        return Status("done", fraction=1.0)
-    holder = lease.read(work.folder) if work.folder.exists() else None
+    holder = lease.read(work.folder)
     if holder is not None and not holder.expired:
         return Status("running", str(holder))
-    failure = read_json(work.folder / "failure.json", dict)
-    if failure:
-        kind = "diverged" if failure["state"] == "diverged" else "code"
-        return Status(str(failure["state"]), str(failure["cause"]), kind=kind)
+    failure = failure_in(work.folder)
+    if failure is not None:
+        return failure
+    if (work.folder / "done").exists():
+        return Status("done", fraction=1.0)
     if claim is None:
         return Status("planned")
     if not claim.job:
         return Status("queued", "being submitted") if claim.launcher_is_alive else Status("planned")
+    if not known.answers:
+        return Status("planned", f"was given to job {claim.job} of a cluster that cannot be asked")
     return _after(claim.job, claim.logs, known)
+
+
+def failure_in(folder: Path) -> Status | None:
+    """What the code itself has left as the cause."""
+    failure = read_json(folder / "failure.json", dict)
+    if not failure:
+        return None
+    kind = "diverged" if failure["state"] == "diverged" else "code"
+    return Status(str(failure["state"]), str(failure["cause"]), kind=kind)
+
+
+def _named(work: Work, status: Status) -> Status:
+    """Which expert it is told of."""
+    is_told = work.expert is not None and status.detail
+    return replace(status, detail=f"expert {work.expert}: {status.detail}") if is_told else status
 
 
 def _after(job: str, logs: str, known: Known) -> Status:

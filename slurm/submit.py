@@ -1,8 +1,11 @@
 """How does work get into the queue of a cluster? As arrays of jobs through submitit, each piece of work once."""
 
+import io
+import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import submitit
@@ -10,7 +13,7 @@ from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmiss
 
 from bench.files import make_folder
 from slurm import queue
-from slurm.claims import Claim, Work, adopt, give_up, note_job, take
+from slurm.claims import Claim, Work, give_up, note_job, orphan, read_claim, take
 from slurm.profile import Profile
 from slurm.task import Task, Train
 
@@ -49,25 +52,22 @@ def batch_script(profile: Profile, job_name: str, logs: Path, snapshot: Path, co
 def submit(works: list[Work], train: Train, profile: Profile, snapshot: Path, logs: Path) -> dict[Work, str]:
     """Put into the queue what is in nobody's hands; work -> job.
 
-    ValueError in one sentence if the cluster refuses: what it took before stays, and nothing of the rest is left behind.
+    ValueError in one sentence if the cluster refuses, ClusterUnreachable if it does not answer: what it took before stays,
+    and nothing of the rest is left behind.
     """
     make_folder(logs)
     jobs: dict[Work, str] = {}
     elements = min(profile.max_array_elements, queue.max_array_size() or profile.max_array_elements)
-    names = queue.live_names()
-    for work in works:
-        if (orphan := adopt(work, names)) is not None:
-            _give_pickle(work, orphan, train, profile)
     for chunk in _chunks(works, elements):
         token = f"tsbench-{uuid.uuid4().hex[:12]}"
-        ours = take(chunk, token, queue.live_names(), logs, snapshot)
+        ours = take(chunk, token, queue.live_names, logs, snapshot)
         if not ours:
             continue
         if jobs:
             time.sleep(profile.submit_every_seconds)
         try:
             submitted = _submit_one(ours, train, profile, snapshot, logs, token)
-        except ValueError:
+        except (ValueError, queue.ClusterUnreachable):
             for work in ours:
                 give_up(work, token)
             raise
@@ -78,22 +78,34 @@ def submit(works: list[Work], train: Train, profile: Profile, snapshot: Path, lo
 
 
 def _submit_one(works: list[Work], train: Train, profile: Profile, snapshot: Path, logs: Path, token: str) -> list[str]:
-    """One array; the elements' jobs."""
+    """One array; the elements' jobs. What submitit prints of a refusal is in the error."""
     executor = make_executor(profile, token, logs, snapshot)
     tasks = [Task(train, work, profile.restarts_without_progress) for work in works]
     try:
-        return [job.job_id for job in executor.submit_array(tasks)]
+        with redirect_stderr(io.StringIO()):
+            return [job.job_id for job in executor.submit_array(tasks)]
     except (FailedJobError, FailedSubmissionError) as error:
-        raise ValueError(queue.submission_error(str(error))) from None
+        raise queue.refusal(str(error)) from None
 
 
-def _give_pickle(work: Work, orphan: Claim, train: Train, profile: Profile) -> None:
-    """What a launcher that died right after submitting did not come to leave: the task, for which the job waits a minute."""
-    path = JobPaths(orphan.logs, job_id=orphan.job).submitted_pickle
+def adopt_orphans(works: Iterable[Work], train: Train, profile: Profile) -> None:
+    """Give jobs, whose launcher died right after it submitted them, the task that they wait for (a minute), and note them."""
+    unnoted = [work for work in works if (claim := read_claim(work)) is not None and not claim.job]
+    names = queue.live_names() if unnoted else {}
+    for work in unnoted:
+        if (claim := orphan(work, names)) is not None:
+            _give_pickle(work, claim, train, profile)
+            note_job(work, claim.token, claim.job)  # last: one that is killed before is followed by another that does both
+
+
+def _give_pickle(work: Work, claim: Claim, train: Train, profile: Profile) -> None:
+    path = JobPaths(claim.logs, job_id=claim.job).submitted_pickle
     if not path.exists():
         delayed = DelayedSubmission(Task(train, work, profile.restarts_without_progress))
         delayed.set_timeout(profile.minutes, REQUEUES_OF_SUBMITIT)
-        delayed.dump(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        delayed.dump(temporary)
+        temporary.replace(path)  # the job may be looking
 
 
 def output_of(job: str, logs: str) -> list[Path]:

@@ -5,13 +5,15 @@ its own fault is started again only when asked for (`only`).
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bench.runs import expert_folder
 from slurm.claims import Work
+from slurm.commands import ClusterUnreachable
 from slurm.local import Job
 from slurm.profile import Profile
 from slurm.states import CodeDifference, Known, Status, ask_cluster, status_of
@@ -19,6 +21,7 @@ from slurm.submit import submit
 from slurm.task import Train, forget_restarts
 
 ONLY = ("planned", "failed", "stale")
+NOT_ASKED = "not asked for"  # why a run is not started
 POLL_SECONDS = 10.0
 Statuses = Mapping[str, Status]  # of each run, by its id
 Put = Callable[["Item"], None]
@@ -38,6 +41,7 @@ class Item:
     budget: Mapping[str, Any]
     threads: int
     after: str = ""  # the id of the run that has to be done before
+    evaluation: Mapping[str, Any] = field(default_factory=dict)  # settings under which it is to be scored
 
     @property
     def works(self) -> list[Work]:
@@ -53,6 +57,10 @@ class Choice:
     start: list[Item]
     reasons: dict[str, str]  # run id -> why not
 
+    def asked(self, statuses: Statuses) -> list[str]:
+        """The runs that are to be done in the end."""
+        return [run_id for run_id in statuses if self.reasons.get(run_id) != NOT_ASKED]
+
 
 class Sweep:
     """The runs of a suite in one place, and their statuses."""
@@ -62,7 +70,7 @@ class Sweep:
 
     def statuses(self) -> tuple[dict[str, Status], Known]:
         known = ask_cluster(work for item in self.items for work in item.works)
-        return {item.run_id: status_of(item.works, known, self.difference, item.budget) for item in self.items}, known
+        return {i.run_id: status_of(i.works, known, self.difference, i.budget, i.evaluation) for i in self.items}, known
 
     def choose(self, statuses: Statuses, only: Sequence[str] = (), with_followers: bool = False) -> Choice:
         """What to start now; with `with_followers` also what starts from the weights of a run that is started now.
@@ -99,40 +107,34 @@ def _why_not(item: Item, status: Status, named: set[str]) -> str:
     """Why a run is not started; "" if it may be."""
     if status.state == "done":
         return "done"
-    if status.state in ("running", "queued") or status.jobs:
+    if status.in_hand:
         return status.state
     if item.run_id in named:
         return ""
-    kinds = named & set(ONLY)
-    if named and not kinds:
-        return "not asked for"
-    if status.state == "stale":
-        return "" if "stale" in kinds else "stale (start it over with --only stale)"
-    if status.state in ("failed", "diverged"):
-        if status.resumable and not kinds:
-            return ""
-        return "" if "failed" in kinds and status.state == "failed" else f"{status.state} (see `tsbench status`)"
-    return "" if not kinds or "planned" in kinds else "not asked for"
+    if named:
+        return "" if ("planned" if status.state == "preempted" else status.state) in named else NOT_ASKED
+    if status.resumable:
+        return ""
+    return "stale (start it over with --only stale)" if status.state == "stale" else f"{status.state} (see `tsbench status`)"
 
 
 def make_ready(items: Iterable[Item], statuses: Statuses, put: Put, set_aside: SetAside) -> None:
-    """Before they start: what other code has made is kept elsewhere, and earlier starts in vain are forgotten."""
+    """Before they start: what other code has made is kept elsewhere, and of what had been given up, starts are counted anew."""
     for item in items:
         if statuses[item.run_id].state == "stale":
             set_aside(item.folder)
         put(item)
-        if statuses[item.run_id].state in ("failed", "diverged"):
+        if statuses[item.run_id].state in ("failed", "diverged") and not statuses[item.run_id].resumable:
             for work in item.works:
                 forget_restarts(work)
 
 
 def start_on_slurm(items: Sequence[Item], train: Train, profile: Profile, snapshot: Path, logs: Path) -> dict[Work, str]:
     """Submit what has not come to its end; work -> job."""
-    works = [work for item in items for work in _left_to_do(item)]
-    return submit(works, train, profile, snapshot, logs)
+    return submit([work for item in items for work in left_to_do(item)], train, profile, snapshot, logs)
 
 
-def _left_to_do(item: Item) -> list[Work]:
+def left_to_do(item: Item) -> list[Work]:
     """An expert that is trained is not trained again; when all are, the job of any of them puts the run together."""
     return [work for work in item.works if not (work.folder / "done").exists()] or item.works[-1:]
 
@@ -143,23 +145,27 @@ def jobs_of(items: Sequence[Item], snapshot: Path, costs: Mapping[str, float]) -
     jobs = []
     for item in items:
         share = 1 / len(item.works)
-        for work in _left_to_do(item):
+        for work in left_to_do(item):
             cost, after = costs[item.run_id] * share, folders.get(item.after)
             jobs.append(Job(item.folder, item.label, item.threads, cost, work.expert, snapshot, after, share))
     return jobs
 
 
-def wait(sweep: Sweep, again: Callable[[Choice, Statuses], None], show: Callable[[Statuses], None]) -> None:
-    """Until nothing is queued or running and nothing is left that can be started. What the cluster took away is submitted
-    again; what someone cancelled is not.
+def wait(
+    sweep: Sweep, asked: Collection[str], again: Callable[[Choice, Statuses], None], show: Callable[[Statuses], None]
+) -> None:
+    """Until none of the runs that were asked for is queued or running, and none is left that can be started. What the cluster
+    took away is submitted again; what someone cancelled is not. While the cluster does not answer, nothing is decided.
     """
     while True:
-        statuses, _ = sweep.statuses()
-        show(statuses)
-        choice = sweep.choose(statuses)
-        start = [item for item in choice.start if statuses[item.run_id].kind != "cancelled"]
-        if start:
-            again(Choice(start, choice.reasons), statuses)
-        elif not any(status.state in ("queued", "running") or status.jobs for status in statuses.values()):
-            return
+        statuses, known = sweep.statuses()
+        if known.answers:
+            show(statuses)
+            choice = sweep.choose(statuses)
+            start = [item for item in choice.start if item.run_id in asked and statuses[item.run_id].kind != "cancelled"]
+            if not start and not any(statuses[run_id].in_hand for run_id in asked):
+                return
+            if start:
+                with suppress(ClusterUnreachable):  # what could not be submitted is still to do at the next look
+                    again(Choice(start, choice.reasons), statuses)
         time.sleep(POLL_SECONDS)

@@ -15,6 +15,7 @@ import submitit
 from submitit.helpers import TorchDistributedEnvironment
 
 from bench.files import read_json, write_json_atomically
+from bench.lease import Held
 from bench.stopping import StopFlag
 from slurm import queue
 from slurm.claims import Work
@@ -44,8 +45,12 @@ class Task:
         if is_main:
             self.count_start()
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
-        if self.train(self.work.run_folder, self.work.expert, warned, has_left_the_queue):
-            return "done"
+        try:
+            if self.train(self.work.run_folder, self.work.expert, warned, has_left_the_queue):
+                return "done"
+        except Held as error:  # no failure of the run's: it goes on elsewhere
+            print(error)
+            return "held by another"
         if is_main and not is_being_ended(environment.raw_job_id):
             queue.requeue(environment.raw_job_id)
         return "stopped"
@@ -57,7 +62,7 @@ class Task:
         count = before["count"] + 1 if before and before["place"] == place else 0
         write_json_atomically(self.work.folder / RESTARTS, {"place": place, "count": count})
         if count > self.restarts_without_progress:
-            cause = IN_VAIN.format(count=count + 1, place=place or "its start")
+            cause = IN_VAIN.format(count=count, place=place or "its start")
             write_json_atomically(self.work.folder / "failure.json", {"state": "failed", "cause": cause})
             raise RuntimeError(cause)
 
@@ -81,9 +86,9 @@ def is_being_ended(job: str) -> bool:
 def how_far(folder: Path) -> str:
     """A word for what the folder holds that was hard to make: it changes when a run makes progress."""
     checkpoints = sorted(path.stem for path in folder.glob("checkpoints/step-*.safetensors"))
-    curve = read_json(folder / "curve.json", list)
-    parts = [*checkpoints[-1:], f"curve-{len(curve)}" if curve else "", "scored" if (folder / "eval.json").exists() else ""]
-    return " ".join(part for part in parts if part)
+    num_curve, num_parts = len(read_json(folder / "curve.json", list)), len(list(folder.glob("parts/*/*.safetensors")))
+    made = {"curve": num_curve, "samples": num_parts, "scores": len(read_json(folder / "eval.json", list))}
+    return " ".join([*checkpoints[-1:], *(f"{what}-{count}" for what, count in made.items() if count)])
 
 
 def forget_restarts(work: Work) -> None:

@@ -5,6 +5,7 @@ in CI; otherwise a new one in a temporary folder on free ports, so that pytest's
 """
 
 import os
+import shutil
 import socket
 import subprocess
 import tempfile
@@ -102,6 +103,16 @@ class Cluster:
     def wait_for_states(self, job: str, states: list[str], seconds: float = 60) -> None:
         """Until the accounting has exactly these states for the job's elements and attempts, in order."""
         wait_until(lambda: self.states(job) == states, f"job {job} has states {states}", seconds)
+
+
+def stand_in(folder: Path, command: str, script: str) -> dict[str, str]:
+    """An environment in which `command` is this shell script; `{real}` in it is the real one, `{folder}` the folder."""
+    real, place = shutil.which(command), folder / "stand_in"
+    assert real is not None
+    place.mkdir(exist_ok=True)
+    (place / command).write_text("#!/bin/sh\n" + script.format(real=real, folder=folder))
+    (place / command).chmod(0o755)
+    return {"PATH": f"{place}{os.pathsep}{os.environ['PATH']}"}
 
 
 def free_ports() -> int:

@@ -73,6 +73,8 @@ def test_no_ending_is_final() -> None:
     again = accounting.last_ended([requeued, ended("30")])
     assert (again.state, [each.state for each in again.earlier], again.followed_by) == ("FAILED", ["REQUEUED"], "")
     assert accounting.last_ended([running]) is None
+    in_pieces = accounting.last_ended([requeued, ended("30", ended=None)])  # its exit code comes later
+    assert (in_pieces.state, in_pieces.followed_by) == ("REQUEUED", "FAILED")
 
 
 def test_remembered_jobs_as_printed() -> None:

@@ -127,6 +127,23 @@ def test_a_machine_without_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         queue.ended_jobs(["8"])
 
 
+def test_how_large_an_array_may_be(pretend: Callable[[str, str], Path]) -> None:
+    pretend("scontrol", "echo 'MaxArrayTasks = 7\nMaxArraySize            = 1001\nMaxBatchRequeue         = 5'")
+    assert queue.max_array_size() == 1001
+    pretend("scontrol", "exit 1")
+    assert queue.max_array_size() is None
+
+
+def test_a_controller_that_is_down_gets_time(pretend: Callable[[str, str], Path], tmp_path: Path) -> None:
+    for name in queue.COMMANDS:
+        pretend(name, "exit 1")
+    up = tmp_path / "up"
+    pretend("scontrol", f"[ -e {up} ] && echo 'Slurmctld(primary) at c1 is UP' && exit; touch {up}; echo '... is DOWN'; exit 1")
+    assert queue.cluster_is_here(patience_seconds=0) == (False, "its controller does not answer")
+    up.unlink()
+    assert queue.cluster_is_here() == (True, "")
+
+
 def test_a_users_own_filters_do_not_count(pretend: Callable[[str, str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SQUEUE_STATES", "PENDING")
     monkeypatch.setenv("SLURM_CLUSTERS", "big")
@@ -140,7 +157,7 @@ def test_cancelling_asks_the_queue_who_is_left(pretend: Callable[[str, str], Pat
     queue.cancel(["9", "8", "12_3"])
     assert calls.read_text() == "12_3 8 9\n"
     pretend("squeue", 'echo "12_3|PENDING|None|n1|1|1:00|0|a|"')
-    with pytest.raises(queue.ClusterUnreachable, match="1 jobs cannot be cancelled"):
+    with pytest.raises(queue.ClusterUnreachable, match="cancelling 1 of the jobs fails"):
         queue.cancel(["9", "12"], patience_seconds=0.5)
     calls.unlink()
     queue.cancel([])

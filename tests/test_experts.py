@@ -16,6 +16,7 @@ from bench.files import read_json
 from bench.job import build_method
 from bench.run_folder import clear, left_cause, locked
 from bench.runs import LEFT_BY_EXPERT, Run, expert_folder, expert_states, run_state
+from bench.tidy import tidy
 from bench.trainer import Trainer
 
 # What can be trained apart
@@ -92,6 +93,7 @@ def test_a_run_is_done_when_its_experts_are_assembled_and_failed_when_one_has_fa
     assert Run(tmp_path).config["method"] == "multi_expert" and Run(tmp_path).images_seen == 32
     crash_after(trainer_of(tmp_path, 1), 4)
     assert run_state(tmp_path) == "running" and Run(tmp_path).images_seen == 56
+    assert tidy([Run(tmp_path)])["value"].tolist() == [56]
     with pytest.raises(Crash), left_cause(expert_folder(tmp_path, 1), World()):
         raise Crash("no more memory")
     trainer_of(tmp_path, 2)
@@ -161,6 +163,7 @@ def test_whichever_expert_comes_last_puts_the_run_together(joint: Path, tmp_path
         outcome = command(tmp_path, "--expert", expert)
         assert outcome.code == 0, outcome.err
     assert run_state(run) == "done" and tell(run) == tell(joint)
+    assert [session.get("expert") for session in Run(run).provenance["sessions"]] == [0, 1, 2, None]  # trained once, by these
 
 
 def test_an_expert_that_has_failed_keeps_the_run_incomplete(joint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

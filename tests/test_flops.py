@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import tiny
+from helpers import VARIANTS, tiny
 from torch.nn import functional as F
 
 from bench import flops
@@ -113,6 +113,26 @@ def test_published_sizes(size, published):
     with torch.device("meta"):
         method = METHODS["dense"](Shape.of_size(size))
     assert measure(method, (4, 32, 32), 1000).forward_macs_per_image == pytest.approx(published, rel=1e-3)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_method_that_says_so_costs_the_same_on_all_intervals(variant):
+    method = tiny(variant)
+    told, method.intervals_cost_alike = measure(method, (2, 4, 4), 3), False
+    assert measure(method, (2, 4, 4), 3) == told
+
+
+def test_intervals_are_measured_one_by_one_unless_the_method_says_so():
+    class Growing(METHODS["multi_expert"]):
+        """The second expert has two blocks more than the first."""
+
+        intervals_cost_alike = False
+
+        def __init__(self):
+            super().__init__(SHAPE, num_timesteps=T, experts=2)
+            self.networks[1].blocks.extend(self.networks[0].blocks[:2])
+
+    assert measure(Growing(), (2, 6, 6), 5).forward_macs_per_image == DENSE + BLOCK
 
 
 def test_measuring_leaves_the_method_as_it_is():

@@ -1,5 +1,6 @@
-"""Are the figures made from what is there, the same bytes every time, and right in what they compute?"""
+"""Are all figures made from what is there, with captions, the same bytes every time, and nothing else?"""
 
+import io
 import json
 import os
 import subprocess
@@ -9,35 +10,42 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from drawing import LABELS, write_runs
 from fake_runs import FLOOR_RECORD, NUM_CLASSES, SUITE, fake_images, write_fake_run, write_fake_runs
 from matplotlib.image import imread
 
-from bench.figures.inside import dead_experts, load_entropy
-from bench.figures.losses import moving_mean, training_curve
-from bench.figures.outcome import pareto_front, samples
-from bench.figures.style import Material, dress, settings
-from bench.plots import FIGURES, make_figures
-from bench.runs import Run, find_runs
+from bench.figures.style import COLOURS, Material, dress, names_for, settings, spread
+from bench.plots import CAPTIONS, FIGURES, captions_of, figures_of, make_figures
+from bench.runs import find_runs
 
-LABELS = [entry["label"] for entry in SUITE["methods"]]
 NAMES = [str(i) for i in range(NUM_CLASSES)]
 EXPECTED = [
-    "channel_masks",
     "fid_vs_flops",
+    "fid_vs_images",
+    "fid_vs_device_seconds",
+    "fid_vs_sampling_cost",
+    "throughput",
+    "samples",
+    "trajectories",
+    "training_loss",
     "heldout_loss",
     "loss_per_timestep",
-    "mixing_coefficients",
     "per_expert_loss_multi_expert",
     "per_expert_loss_remix_dit",
-    "routing_dit_moe",
+    "mixing_coefficients",
+    "mixing_over_training",
+    "expert_load",
     "routing_switch_dit",
-    "samples",
-    "training_loss",
+    "routing_dit_moe",
+    "routing_by_position",
+    "routing_by_class",
+    "channel_masks",
 ]
+PICTURES = {"samples.csv", "trajectories.csv"}
 
 
 def draw_all(root: Path) -> list[Path]:
-    write_fake_runs(root)
+    write_runs(root)
     real = fake_images(np.random.default_rng(1), 60)
     return make_figures(find_runs(root), SUITE, root / "figures", floor=FLOOR_RECORD, real_images=real, class_names=NAMES)
 
@@ -50,14 +58,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module")
-def runs(demo: Path) -> list[Run]:
-    return find_runs(demo)
-
-
 def test_every_figure_is_made_as_png_pdf_and_csv(demo: Path) -> None:
     found = {path.name for path in (demo / "figures").iterdir()}
-    assert found == {f"{name}.{suffix}" for name in EXPECTED for suffix in ("png", "pdf", "csv")} - {"samples.csv"}
+    assert found == {f"{name}.{suffix}" for name in EXPECTED for suffix in ("png", "pdf", "csv")} - PICTURES | {CAPTIONS}
     for name in EXPECTED:
         picture = imread(demo / "figures" / f"{name}.png")
         assert picture.shape[1] >= 700 and picture[..., :3].std() > 0.02
@@ -71,96 +74,125 @@ def test_another_process_gives_the_same_bytes(demo: Path, tmp_path: Path) -> Non
         assert (tmp_path / "demo" / "figures" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_pdfs_embed_their_fonts_and_hold_no_date(demo: Path) -> None:
+def test_pictures_embed_their_fonts_and_hold_no_date(demo: Path) -> None:
     for path in (demo / "figures").glob("*.pdf"):
         content = path.read_bytes()
         assert b"/FontFile2" in content and b"/Subtype /Type3" not in content
         assert b"Date" not in content
+    for path in (demo / "figures").glob("*.png"):
+        content = path.read_bytes()
+        assert b"tEXt" not in content and b"tIME" not in content
+
+
+def test_every_figure_has_a_caption_of_sentences_in_the_order_of_reading(demo: Path) -> None:
+    captions = captions_of(demo / "figures")
+    assert list(captions) == EXPECTED
+    for name, caption in captions.items():
+        assert 40 < len(caption) < 600 and caption.endswith(".") and "  " not in caption and "nan" not in caption.lower(), name
+    assert len(set(captions.values())) == len(EXPECTED)
+
+
+def test_the_data_alone_are_the_same_as_beside_the_pictures(demo: Path) -> None:
+    made = figures_of(find_runs(demo), SUITE, floor=FLOOR_RECORD, class_names=NAMES, only_data=True)
+    assert set(made.files) == {path.name for path in (demo / "figures").glob("*.csv")}
+    for name, content in made.files.items():
+        assert (demo / "figures" / name).read_bytes() == content
 
 
 def test_figures_without_data_are_reported_by_name(tmp_path: Path) -> None:
     run = write_fake_run(tmp_path, SUITE["methods"][0])
-    for name in ("metrics.jsonl", "samples.npz", "eval.json"):
+    for name in ("metrics.jsonl", "samples.npz", "eval.json", "summary.json"):
         (run.path / name).unlink()
     reports: list[str] = []
     assert make_figures(find_runs(tmp_path), SUITE, tmp_path / "figures", report=reports.append) == []
     assert [report.split()[1] for report in reports] == list(FIGURES)
 
 
-def test_csvs_hold_what_is_shown(demo: Path, runs: list[Run]) -> None:
-    figures = demo / "figures"
-    curves = pd.read_csv(figures / "training_loss.csv")
-    assert list(dict.fromkeys(curves["label"])) == LABELS
-    per_bin = pd.read_csv(figures / "loss_per_timestep.csv")
-    first = per_bin[per_bin["label"] == LABELS[0]]
-    assert len(first) == 20 and (first["difference_percent"].abs() < 1e-9).all()
-    second = per_bin[per_bin["label"] == LABELS[1]]
-    ratio = second["loss"].to_numpy() / first["loss"].to_numpy() - 1
-    np.testing.assert_allclose(second["difference_percent"], 100 * ratio, atol=1e-2)
-    mixing = pd.read_csv(figures / "mixing_coefficients.csv")
-    assert mixing.groupby("expert")["coefficient"].sum().to_numpy() == pytest.approx(np.ones(8), abs=1e-4)
-    routing = pd.read_csv(figures / "routing_dit_moe.csv")
-    assert routing[routing["dead"]][["block", "expert"]].to_numpy().tolist() == [[3, 7]]
-    masks = pd.read_csv(figures / "channel_masks.csv")
-    assert (masks["num_on"] == 76).all() and (masks["last_on"] - masks["first_on"] == 75).all()
-    fids = pd.read_csv(figures / "fid_vs_flops.csv").set_index("run")["fid_train"]
-    for run in runs:
-        assert fids[run.run_id] == pytest.approx(run.evaluations[0]["metrics"]["fid_train"], rel=1e-5)
+def test_what_is_no_longer_made_goes_and_what_is_not_ours_stays(tmp_path: Path) -> None:
+    runs, figures = write_runs(tmp_path), tmp_path / "figures"
+    make_figures([run for run in runs if run.label in ("DTR", "Remix-DiT")], SUITE, figures, report=lambda _: None)
+    (figures / "mine.png").write_bytes(b"mine")
+    make_figures([run for run in runs if run.label in ("DTR", "Multi-expert")], SUITE, figures, report=lambda _: None)
+    there = {path.name for path in figures.iterdir()}
+    assert "mine.png" in there and "channel_masks.png" in there and "per_expert_loss.csv" in there
+    assert not {name for name in there if name.startswith("mixing")}
+    assert {name.rpartition(".")[0] for name in there} == {*captions_of(figures), "mine", "captions"}
 
 
-def test_training_loss_leaves_penalties_out_and_weighs_intervals_by_steps(tmp_path: Path) -> None:
-    run = write_fake_run(tmp_path, SUITE["methods"][1])
-    common = {"kind": "train", "step": 9, "images_seen": 90, "loss": 99.0, "vb": 0.5, "penalty/x": 9.0}
-    rows = [{**common, "interval": 0, "num_steps": 3, "mse": 1.0}, {**common, "interval": 1, "num_steps": 1, "mse": 5.0}]
-    (run.path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    curve = training_curve(dress([run], SUITE)[0])
-    assert curve["loss"].tolist() == [pytest.approx((3 * 1.5 + 5.5) / 4)]
+@pytest.mark.parametrize("name", ["../mine", "a/../../mine", "/mine", "a/b/mine"])
+def test_captions_that_name_files_elsewhere_are_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "mine.png").write_bytes(b"mine")
+    (tmp_path / "figures" / CAPTIONS).write_text(json.dumps({name: "A figure."}))
+    with pytest.raises(ValueError, match="none of ours: delete it"):
+        make_figures([write_fake_run(tmp_path, SUITE["methods"][0])], SUITE, tmp_path / "figures", report=lambda _: None)
+    assert (tmp_path / "mine.png").exists()
 
 
-def test_the_moving_mean_is_centred_at_the_start_and_keeps_its_past_at_the_end() -> None:
-    values = np.arange(100.0)
-    smoothed = moving_mean(values, np.ones(100))
-    np.testing.assert_allclose(smoothed[:96], values[:96])
-    assert smoothed[-1] == np.mean(values[95:])
-    weighted = moving_mean(np.array([0.0, 1.0, 3.0]), np.array([1.0, 2.0, 1.0]))
-    assert weighted.tolist() == [0.0, (0 + 2 + 3) / 4, (2 + 3) / 3]
+def test_each_group_of_a_suite_has_its_own_figures_and_baseline(tmp_path: Path) -> None:
+    runs = write_fake_runs(tmp_path, SUITE["methods"][:4], seeds=(0, 1, 2))
+    first, second, third, fourth = SUITE["methods"][:4]
+    entries = [
+        *({**entry, "group": "main"} for entry in (first, second)),
+        *({**e, "group": "other"} for e in (first, third, fourth)),
+    ]
+    entries.append({"method": "dense", "label": "Not run", "group": "later"})
+    groups = {"main": {}, "other": {"baseline": third["label"]}, "later": {}}
+    reports: list[str] = []
+    made = figures_of(runs, {"methods": entries, "groups": groups}, only_data=True, report=reports.append)
+    tables = {group: read(made.files[f"{group}/loss_per_timestep.csv"]) for group in ("main", "other")}
+    assert set(tables["main"]["label"]) == {first["label"], second["label"]}
+    assert set(tables["other"]["label"]) == {first["label"], third["label"], fourth["label"]}
+    compared = tables["other"][tables["other"]["panel"] == "difference_percent"]
+    assert set(compared["label"]) == {first["label"], fourth["label"]}
+    assert third["label"] in made.captions["other/loss_per_timestep"]
+    assert "group later/ has no figures, as none of it is run" in reports
 
 
-def test_a_run_keeps_its_look_whatever_else_is_shown(runs: list[Run]) -> None:
-    shown = dress(runs, SUITE)
-    assert [each.label for each in shown] == LABELS
-    assert [each.colour for each in shown] == [entry["colour"] for entry in SUITE["methods"]]
-    assert len({str(each.line) for each in shown}) == len({each.marker for each in shown}) == len(LABELS)
+def read(content: bytes) -> pd.DataFrame:
+    return pd.read_csv(io.BytesIO(content), dtype={"seeds": str})
 
 
-def test_seeds_share_one_look_and_one_legend_entry(tmp_path: Path) -> None:
-    write_fake_runs(tmp_path, SUITE["methods"][:2], seeds=(0, 1))
-    shown = dress(find_runs(tmp_path), SUITE)
+def test_a_run_keeps_its_look_whatever_else_is_shown(demo: Path) -> None:
+    runs = find_runs(demo)
+    shown = {each.label: each for each in dress(runs, SUITE)}
+    assert list(shown) == LABELS
+    assert [each.colour for each in shown.values()] == [entry["colour"] for entry in SUITE["methods"]]
+    assert len({str(each.line) for each in shown.values()}) == len({each.marker for each in shown.values()}) == len(LABELS)
+    for each in dress([run for run in runs if run.label in LABELS[3:]], SUITE):
+        assert (each.colour, each.line, each.marker) == (
+            shown[each.label].colour,
+            shown[each.label].line,
+            shown[each.label].marker,
+        )
+
+
+def test_what_has_no_colour_in_the_suite_gets_one_that_no_other_has(tmp_path: Path) -> None:
+    given = [{**SUITE["methods"][0], "colour": COLOURS[1]}, *({**e, "colour": None} for e in SUITE["methods"][1:])]
+    suite = {"methods": [{key: value for key, value in entry.items() if value is not None} for entry in given]}
+    shown = dress(write_fake_runs(tmp_path), suite)
+    assert len({each.colour for each in shown}) == len(LABELS) and shown[0].colour == COLOURS[1]
+
+
+def test_file_names_are_plain_and_differ_where_labels_do(demo: Path) -> None:
+    shown = {each.label: each for each in dress(find_runs(demo), SUITE)}["DTR"]
+    labels = ("Mix (a)", "Mix [a]", "Mix a", "混合", "Mix b")
+    others = [type(shown)(shown.run, label, shown.colour, shown.line, shown.marker) for label in labels]
+    assert names_for("x", others) == ["x_mix_a", "x_mix_a_again1", "x_mix_a_again2", "x_unnamed", "x_mix_b"]
+    assert names_for("x", others[:1]) == ["x"]
+
+
+def test_what_has_room_for_a_few_only_shows_the_first_and_the_last() -> None:
+    assert spread(5, 9) == [0, 1, 2, 3, 4]
+    assert spread(100, 4) == [0, 33, 66, 99]
+    assert spread(1, 4) == [0]
+
+
+def test_seeds_share_one_look_and_one_legend_entry(demo: Path) -> None:
+    shown = [each for each in dress(find_runs(demo), SUITE) if each.label in LABELS[:2]]
     assert len(shown) == 4 and len({(each.label, each.colour, each.marker) for each in shown}) == 2
     with settings():
         for name in ("training_loss", "heldout_loss", "fid_vs_flops"):
-            (drawn,) = FIGURES[name](Material(shown))
+            (drawn,) = FIGURES[name](Material(tuple(shown)))
             labels = [text.get_text() for text in drawn.figure.legends[0].get_texts()]
             assert [labels.count(label) for label in LABELS[:2]] == [1, 1], name
-
-
-def test_samples_take_the_same_indices_of_every_run(runs: list[Run]) -> None:
-    real = fake_images(np.random.default_rng(1), 13)
-    with settings():
-        (drawn,) = samples(Material(dress(runs[:2], SUITE), None, real, NAMES))
-    axes = drawn.figure.axes[0]
-    assert [text.get_text() for text in axes.get_yticklabels()][-1] == "Real data"
-    assert [text.get_text() for text in axes.get_xticklabels()] == [*NAMES, *NAMES[:3]]  # 13 columns: as many as all have
-    picture = np.asarray(axes.images[0].get_array())
-    np.testing.assert_array_equal(picture[-64::8, 4:64:8][:8], real[0, :, :8, 0][:, : picture[-64::8, 4:64:8].shape[1]])
-
-
-def test_points_that_another_beats_are_not_on_the_front() -> None:
-    points = np.array([[3.0, 1.0], [1.0, 5.0], [2.0, 6.0], [2.0, 2.0], [4.0, np.nan], [1.0, 7.0]])
-    assert pareto_front(points).tolist() == [1, 3, 0]
-
-
-def test_load_entropy_and_dead_experts() -> None:
-    load = np.array([[1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0], [0.498, 0.5, 0.002, 0.0]])
-    np.testing.assert_allclose(load_entropy(load)[:3], [1.0, 0.0, 0.5], atol=1e-12)
-    assert dead_experts(load).sum(axis=1).tolist() == [0, 3, 2, 2]

@@ -55,7 +55,7 @@ def asked(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster
 
 
 @pytest.fixture(scope="module")
-def slow(cluster: Cluster) -> Slow:
+def slow(cluster: Cluster) -> Iterator[Slow]:
     """Jobs whose ends take up to a minute, begun before the first test so that they pass while the others go on."""
     timed = cluster.submit("srun sleep 600", "--time=1", "--nodelist=n4")
     lost = [cluster.submit("sleep 600", "--nodelist=n2", option) for option in ("--no-requeue", "--requeue")]
@@ -63,7 +63,8 @@ def slow(cluster: Cluster) -> Slow:
     wait_until(lambda: {timed, *lost} <= set(cluster.run(*running).split()), "they run")
     cluster.stop("n2")
     cluster.up()
-    return Slow(timed, *lost)
+    yield Slow(timed, *lost)
+    cluster.run("scancel", timed, *lost)
 
 
 def wait_for_state(job: str, state: str) -> None:
@@ -71,12 +72,13 @@ def wait_for_state(job: str, state: str) -> None:
 
 
 def wait_for_end(jobs: list[str], seconds: float = 60) -> dict[str, EndedJob]:
-    """Until the accounting has an ending of all, not followed by another attempt."""
+    """Until the accounting has an ending of all, not followed by another attempt, and what they had asked for: it lags."""
     known: dict[str, EndedJob] = {}
 
     def all_over() -> bool:
         known.update(queue.ended_jobs(jobs))
-        return all(job in known and not known[job].followed_by and known[job].state != "REQUEUED" for job in jobs)
+        over = [known[job] for job in jobs if job in known and known[job].state != "REQUEUED"]
+        return len(over) == len(jobs) and all(each.requested_bytes and not each.followed_by for each in over)
 
     wait_until(all_over, f"jobs {jobs} have ended, not {known}", seconds)
     return known
@@ -219,7 +221,7 @@ def test_what_sbatch_refuses(asked: Cluster, slow: Slow) -> None:
         with pytest.raises(RuntimeError) as refused:
             asked.submit("true", option)
         assert advice in queue.submission_error(str(refused.value).partition(": ")[2])
-    assert queue.max_array_size() == 1001
+    assert f"MaxArraySize            = {queue.max_array_size()}\n" in asked.run("scontrol", "show", "config")
     assert queue.cluster_is_here() == (True, "")
 
 

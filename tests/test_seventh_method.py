@@ -9,8 +9,8 @@ import pytest
 from command import TINY
 
 from bench.method import Method
-from methods.initial import option_defaults
 from methods.backbone import Shape
+from methods.initial import option_defaults
 
 ROOT = Path(__file__).resolve().parent.parent
 

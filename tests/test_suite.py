@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from command import assert_refused, tsbench
 from helpers import PUBLISHED
 
 from bench.job import make_config
-from bench.suite import FOLDER, load_suite, suite_configs
+from bench.suite import FOLDER, SuiteRun, load_suite, suite_configs, suite_runs
 
 SUITE: dict[str, Any] = {
     "base": {"model": {"width": 16, "num_heads": 2}, "train": {"lr": 0.1}},
@@ -75,3 +76,121 @@ def test_a_fault_in_an_entry_is_named_when_its_run_is_made() -> None:
     for entry, word in (({"method": "nothing"}, "'nothing'"), ({"method": "dense", "lr": 1}, "train.lr")):
         with pytest.raises(ValueError, match=word):
             suite_configs({"methods": [entry]}, [], make_config)
+
+
+# Groups, and runs that start from others
+
+GROUPS: dict[str, Any] = {
+    "base": SUITE["base"],
+    "groups": {
+        "short": {"methods": [{"method": "dense", "name": "source"}, {"method": "dtr"}], "grid": {"seed": [0, 1]}},
+        "long": {"base": {"budget": {"amount": 64}, "train": {"lr": 0.2}}, "methods": [{"method": "dense"}]},
+    },
+}
+
+
+def runs_of(tree: dict[str, Any], *overrides: str) -> list[SuiteRun]:
+    return suite_runs(tree, list(overrides), make_config)
+
+
+def loaded(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
+    (folder / "mine.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+    return load_suite(str(folder / "mine.yaml"))
+
+
+def test_groups_have_settings_and_grids_of_their_own(tmp_path: Path) -> None:
+    suite = loaded(GROUPS, tmp_path)
+    runs = runs_of(suite, "train.batch_size=16")
+    assert [(run.group, run.config.method, run.config.seed) for run in runs] == [
+        *(("short", method, seed) for method in ("dense", "dtr") for seed in (0, 1)),
+        ("long", "dense", 0),
+    ]
+    assert [run.config.train.lr for run in runs] == [0.1] * 4 + [0.2] and runs[4].config.budget.amount == 64
+    assert all(run.config.model.width == 16 and run.config.train.batch_size == 16 for run in runs)
+    assert [(entry["method"], entry["group"]) for entry in suite["methods"]] == [
+        ("dense", "short"),
+        ("dtr", "short"),
+        ("dense", "long"),
+    ]
+
+
+def test_a_grid_of_an_entry_is_its_own() -> None:
+    suite = {"methods": [{"method": "dense", "grid": {"train.lr": [0.1, 0.2]}}, {"method": "dtr"}], "grid": {"seed": [3]}}
+    assert [(run.config.method, run.config.train.lr, run.config.seed) for run in runs_of(suite)] == [
+        *(("dense", lr, 3) for lr in (0.1, 0.2)),
+        ("dtr", 1e-3, 3),
+    ]
+
+
+def test_a_run_in_two_groups_is_one_run_listed_twice() -> None:
+    """It is trained once, and counts in both comparisons; twice in one group is refused."""
+    same = {"method": "dense", "label": "Elsewhere"}
+    groups = {"one": {"methods": [{"method": "dense"}, {"method": "dtr"}]}, "two": {"methods": [same, {"method": "dit_moe"}]}}
+    runs = runs_of({"groups": groups})
+    assert [run.group for run in runs] == ["one", "one", "two", "two"]
+    assert runs[0].config.run_id == runs[2].config.run_id
+    assert len(suite_configs({"groups": groups}, [], make_config)) == 3
+    groups["two"]["methods"].append({"method": "dense"})
+    with pytest.raises(ValueError, match=r"^dense-\w+ \(dense\) is in the suite more than once"):
+        runs_of({"groups": groups})
+
+
+def test_an_entry_starts_from_the_run_of_another_with_its_seed() -> None:
+    follower = {"method": "multi_expert", "start_from": "source"}
+    groups = {**GROUPS["groups"], "after": {"methods": [follower], "grid": {"seed": [1, 0]}}}
+    runs = runs_of({**GROUPS, "groups": groups})
+    sources = {run.config.seed: run.config.run_id for run in runs if run.entry.get("name") == "source"}
+    assert [(run.config.seed, run.starts_from) for run in runs if run.group == "after"] == [(1, sources[1]), (0, sources[0])]
+    assert all(not run.starts_from for run in runs if run.group != "after")
+    assert runs[-1].config.train.init_from == f"run:{sources[0]}"
+    others = runs_of({**GROUPS, "groups": groups}, "train.lr=0.7")
+    assert others[-1].starts_from not in sources.values()  # another source makes it another run
+    assert others[-1].config.run_id != runs[-1].config.run_id
+
+
+def test_one_source_serves_all_seeds_and_may_stand_in_the_same_group() -> None:
+    methods = [
+        {"method": "dense", "name": "source"},
+        {"method": "multi_expert", "start_from": "source", "grid": {"seed": [0, 1, 2]}},
+    ]
+    source, *followers = runs_of({"methods": methods})
+    assert [run.starts_from for run in followers] == [source.config.run_id] * 3
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [
+        [{"method": "dense", "start_from": "nothing"}],
+        [{"method": "dense", "start_from": "later"}, {"method": "dtr", "name": "later"}],
+        [
+            {"method": "dense", "name": "source", "grid": {"seed": [1, 2]}},
+            {"method": "dtr", "start_from": "source"},
+        ],
+        [
+            {"method": "dense", "name": "source", "grid": {"train.lr": [0.1, 0.2]}},
+            {"method": "dtr", "start_from": "source"},
+        ],
+    ],
+    ids=["unknown", "later", "no such seed", "two of that seed"],
+)
+def test_a_source_that_is_not_one_run_is_refused(methods: list[dict[str, Any]]) -> None:
+    with pytest.raises(ValueError, match=r"^start_from is '\w+', of which \d runs with seed 0 come before: name [^\n]*$"):
+        runs_of({"methods": methods})
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{groups: [a]}", ("groups that are no mapping",)),
+        ("{groups: {}}", ("groups that are no mapping",)),
+        ("{groups: {a: {methods: [{method: dense}]}}, methods: [{method: dense}]}", ("methods beside them",)),
+        ("{groups: {a: 3}}", ("group a of suite", "is 3")),
+        ("{groups: {a: {methods: []}}}", ("group a of suite", "lists no methods")),
+        ("{groups: {a: {methods: [{method: dense}], budget: 3}}}", ("group a of suite", "unknown keys budget")),
+        ("{groups: {a: {methods: [{method: dense, grid: {seed: 0}}]}}}", ("group a of suite", "seed: [0, 1, 2]")),
+    ],
+)
+def test_a_faulty_group_is_one_sentence(text: str, words: tuple[str, ...], tmp_path: Path) -> None:
+    path = tmp_path / "suite.yaml"
+    path.write_text(text)
+    assert_refused(tsbench("status", path), *words)

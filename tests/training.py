@@ -141,15 +141,18 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["bench.job", "bench.cli", "sklearn.datasets", "torchvision"])
 
 
-def start_command(*arguments: str, environment: dict[str, str] | None = None) -> multiprocessing.process.BaseProcess:
-    """`tsbench` with these arguments, in a process of its own; its exit code is the command's."""
-    process = PROCESSES.Process(target=_run_command, args=(arguments, environment or {}))
+def start_command(
+    *arguments: str, environment: dict[str, str] | None = None, folder: Path | None = None
+) -> multiprocessing.process.BaseProcess:
+    """`tsbench` with these arguments, in a process of its own (in `folder`); its exit code is the command's."""
+    process = PROCESSES.Process(target=_run_command, args=(arguments, environment or {}, folder))
     process.start()
     return process
 
 
-def _run_command(arguments: tuple[str, ...], environment: dict[str, str]) -> None:
+def _run_command(arguments: tuple[str, ...], environment: dict[str, str], folder: Path | None) -> None:
     os.environ |= environment
+    os.chdir(folder or os.getcwd())
     sys.exit(cli.main(list(arguments)))
 
 

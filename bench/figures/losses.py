@@ -1,21 +1,11 @@
-"""How well do the methods denoise: over training, over timesteps, and each of their experts?"""
+"""How well do the methods denoise over training?"""
 
 import numpy as np
 import pandas as pd
-from matplotlib import colormaps
+from matplotlib.axes import Axes
 
-from bench.figures.style import (
-    SEQUENTIAL,
-    Drawn,
-    Material,
-    Shown,
-    image_axis,
-    legend_beside,
-    log_loss_axis,
-    names_for,
-    new_figure,
-    new_label,
-)
+from bench.figures.seeds import draw_lines, over_seeds, seeds_sentence
+from bench.figures.style import Drawn, Material, Shown, image_axis, legend_beside, log_loss_axis, new_figure
 
 SMOOTHING = 0.04  # half the width of the moving mean, as a part of the curve
 TRAINING_LOSS = "denoising loss (mse + vb)"
@@ -28,128 +18,107 @@ def training_loss(material: Material) -> list[Drawn]:
     curves = [(shown, curve) for shown, curve in curves if len(curve)]
     if not curves:
         return []
-    figure = new_figure(7.2, 3.8)
+    table = over_seeds(curves, ["images_seen"], "smoothed")
+    figure = new_figure(7.6, 3.8)
     axes = figure.subplots()
-    for shown, curve in curves:
-        axes.plot(curve["images_seen"], curve["loss"], color=shown.colour, alpha=0.18, linewidth=0.7)
-    for shown, curve in curves:
-        axes.plot(curve["images_seen"], curve["smoothed"], color=shown.colour, linestyle=shown.line, label=new_label(axes, shown))
-    axes.set_title("Training loss without penalties (moving mean; raw values pale)")
-    image_axis(axes, max(curve["images_seen"].max() for _, curve in curves))
+    draw_lines(axes, table, material, "images_seen", "smoothed")
+    axes.set_title("Training loss without penalties")
+    image_axis(axes, table["images_seen"].max())
     log_loss_axis(axes, TRAINING_LOSS)
     legend_beside(figure, axes)
-    return [Drawn("training_loss", figure, _table(curves))]
+    caption = (
+        "Denoising loss on the training batches, penalties left out, as a moving mean. "
+        f"{seeds_sentence(table)} Methods draw timesteps in different ways: compare them by the held-out loss."
+    )
+    return [Drawn("training_loss", figure, table, caption)]
 
 
 def heldout_loss(material: Material) -> list[Drawn]:
-    """The mean over all timesteps, on fixed images and noise."""
-    curves = []
-    for shown in material.shown:
-        rows = _rows(shown, "heldout")
-        if len(rows):
-            rows = rows.assign(width=rows["stop"] - rows["start"], weighted=rows["loss"] * (rows["stop"] - rows["start"]))
-            sums = rows.groupby("images_seen", as_index=False)[["weighted", "width"]].sum()
-            curves.append((shown, sums.assign(loss=sums["weighted"] / sums["width"])[["images_seen", "loss"]]))
+    """The mean over all timesteps, on fixed images and noise, and how it differs from the baseline's."""
+    curves = [(shown, heldout_curve(shown)) for shown in material.shown]
+    curves = [(shown, curve) for shown, curve in curves if len(curve)]
     if not curves:
         return []
-    figure = new_figure(10.2, 3.9)
-    left, right = figure.subplots(1, 2)
-    first = curves[0][0].label
-    reference = pd.concat([curve for shown, curve in curves if shown.label == first]).groupby("images_seen")["loss"].mean()
+    loss = over_seeds(curves, ["images_seen"], "loss")
+    difference = over_seeds(to_baseline(curves, ["images_seen"], material.baseline), ["images_seen"], "percent")
+    figure = new_figure(10.6 if len(difference) else 7.6, 3.9)
+    panels = figure.subplots(1, 2 if len(difference) else 1, squeeze=False)[0]
+    draw_lines(panels[0], loss, material, "images_seen", "loss")
+    panels[0].set_title("Held-out loss, mean over all timesteps")
+    log_loss_axis(panels[0], HELDOUT_LOSS)
+    if len(difference):
+        draw_lines(panels[1], difference, material, "images_seen", "percent")
+        name_difference(panels[1], material.baseline)
+    for axes in panels:
+        image_axis(axes, loss["images_seen"].max())
+    legend_beside(figure, panels[0])
+    caption = (
+        "Denoising loss of the averaged weights on held-out images with fixed noise, the same for every method, as a mean over "
+        f"all timesteps. {seeds_sentence(loss)}{difference_sentence(material, difference)}"
+    )
+    return [Drawn("heldout_loss", figure, both(loss, difference), caption)]
+
+
+def to_baseline(curves: list[tuple[Shown, pd.DataFrame]], at: list[str], baseline: str) -> list[tuple[Shown, pd.DataFrame]]:
+    """Each run's loss against that of the baseline with the same seed, in percent; without the baseline itself."""
+    by_seed = {shown.run.config["seed"]: curve for shown, curve in curves if shown.label == baseline}
+    found = []
     for shown, curve in curves:
-        look = {"color": shown.colour, "linestyle": shown.line, "marker": shown.marker, "markersize": 4}
-        left.plot(curve["images_seen"], curve["loss"], label=new_label(left, shown), **look)
-        percent = 100 * (curve["loss"] / curve["images_seen"].map(reference) - 1)
-        right.plot(curve["images_seen"], percent, **look)
-    left.set_title("Held-out loss, mean over all timesteps")
-    log_loss_axis(left, HELDOUT_LOSS)
-    right.set_title(f"Difference to {first} (below 0: better)")
-    right.set_ylabel("difference (%)")
-    for axes in (left, right):
-        image_axis(axes, max(curve["images_seen"].max() for _, curve in curves))
-    legend_beside(figure, left)
-    return [Drawn("heldout_loss", figure, _table(curves))]
+        if shown.label != baseline and shown.run.config["seed"] in by_seed:
+            matched = curve.merge(by_seed[shown.run.config["seed"]], on=at, suffixes=("", "_baseline"))
+            found.append((shown, matched.assign(percent=100 * (matched["loss"] / matched["loss_baseline"] - 1))))
+    return found
 
 
-def loss_per_timestep(material: Material) -> list[Drawn]:
-    """The held-out loss at the end of training, per bin of timesteps, and how it differs from that of the first method."""
-    finals: dict[Shown, pd.DataFrame] = {}
-    for shown in material.one_per_label():
-        seeds = [final_heldout(other) for other in material.shown if other.label == shown.label]
-        measured = [rows for rows in seeds if len(rows)]
-        if measured:
-            finals[shown] = pd.DataFrame(pd.concat(measured).groupby(["bin", "start", "stop"])["loss"].mean().reset_index())
-    if not finals:
-        return []
-    figure = new_figure(10.2, 3.9)
-    left, right = figure.subplots(1, 2)
-    first, reference = next(iter(finals.items()))
-    tables = []
-    for shown, rows in finals.items():
-        middle = (rows["start"] + rows["stop"]) / 2
-        look = {"color": shown.colour, "linestyle": shown.line, "marker": shown.marker, "markersize": 4, "label": shown.label}
-        left.plot(middle, rows["loss"], **look)
-        matched = rows.merge(reference, on=["bin", "start", "stop"], suffixes=("", "_first"), how="left")
-        percent = 100 * (matched["loss"] / matched["loss_first"] - 1)
-        right.plot(middle, percent, **look)
-        tables.append(rows.assign(label=shown.label, difference_percent=percent))
-    left.set_title("Held-out loss per timestep, at the end")
-    log_loss_axis(left, HELDOUT_LOSS)
-    right.set_title(f"Difference to {first.label} (below 0: better)")
-    right.set_ylabel("difference (%)")
-    for axes in (left, right):
-        axes.set_xlabel("timestep (0: almost no noise)")
-        axes.set_xlim(0, max(rows["stop"].max() for rows in finals.values()))
-    legend_beside(figure, left)
-    return [
-        Drawn("loss_per_timestep", figure, pd.concat(tables)[["label", "bin", "start", "stop", "loss", "difference_percent"]])
+def name_difference(axes: Axes, baseline: str) -> None:
+    axes.axhline(0, color="black", linewidth=1.0, zorder=1)
+    axes.set_title(f"Difference to {baseline} (below 0: better)")
+    axes.set_ylabel("difference (%)")
+
+
+def difference_sentence(material: Material, difference: pd.DataFrame) -> str:
+    if difference.empty:
+        return ""
+    sentence = f" Right: difference to {material.baseline} with the same seed, in percent of its loss"
+    has_bands = difference["half_width"].notna().any()
+    return sentence + ("; bands are 95% intervals of these paired differences." if has_bands else ".")
+
+
+def both(loss: pd.DataFrame, difference: pd.DataFrame) -> pd.DataFrame:
+    """The data of two panels in one table: which of them, and the value."""
+    parts = [
+        loss.rename(columns={"loss": "value"}).assign(panel="loss"),
+        difference.rename(columns={"percent": "value"}).assign(panel="difference_percent"),
     ]
-
-
-def per_expert_loss(material: Material) -> list[Drawn]:
-    """For each method that splits the schedule: the training loss of every interval, over training and over timesteps."""
-    split = [shown for shown in material.one_per_label() if _num_intervals(shown) > 1]
-    drawn = []
-    for name, shown in zip(names_for("per_expert_loss", split), split, strict=True):
-        rows = _with_denoising_loss(_rows(shown, "train"))
-        figure = new_figure(9.6, 3.6)
-        left, right = figure.subplots(1, 2, sharey=True)
-        indices = sorted(rows["interval"].unique())
-        tables = []
-        for place, index in enumerate(indices):
-            colour = colormaps[SEQUENTIAL](0.92 * place / max(len(indices) - 1, 1))
-            own = rows[rows["interval"] == index].sort_values("step")
-            smoothed = moving_mean(own["denoising"].to_numpy(), own["num_steps"].to_numpy())
-            left.plot(own["images_seen"], smoothed, color=colour)
-            start, stop, last = own["start"].iloc[0], own["stop"].iloc[0], smoothed[-1]
-            right.hlines(last, start, stop, color=colour, linewidth=4)
-            right.annotate(
-                str(int(index)), ((start + stop) / 2, last), (0, 5), textcoords="offset points", ha="center", fontsize=8
-            )
-            tables.append(own.assign(label=shown.label, smoothed=smoothed))
-        figure.suptitle(f"{shown.label}: training loss of each interval of timesteps")
-        image_axis(left, rows["images_seen"].max())
-        left.set_title("over training (colours as on the right)")
-        log_loss_axis(left, TRAINING_LOSS)
-        right.set_title("at the end, by interval (numbered)")
-        right.set_xlabel("timestep (0: almost no noise)")
-        right.set_xlim(0, rows["stop"].max())
-        columns = ["label", "interval", "start", "stop", "images_seen", "denoising", "smoothed"]
-        drawn.append(Drawn(name, figure, pd.concat(tables)[columns]))
-    return drawn
+    table = pd.concat([part for part in parts if len(part)], ignore_index=True)
+    return table[["panel", *(name for name in table.columns if name != "panel")]]
 
 
 def training_curve(shown: Shown) -> pd.DataFrame:
     """images_seen, loss (over all intervals of a window) and smoothed."""
-    rows = _rows(shown, "train")
+    rows = rows_of(shown, "train")
     if rows.empty:
         return rows
-    rows = _with_denoising_loss(rows)
+    rows = with_denoising_loss(rows)
     rows = rows.assign(weighted=rows["denoising"] * rows["num_steps"])
     sums = rows.groupby("images_seen", as_index=False)[["weighted", "num_steps"]].sum()
     loss = sums["weighted"] / sums["num_steps"]
     smoothed = moving_mean(loss.to_numpy(), sums["num_steps"].to_numpy())
     return pd.DataFrame({"images_seen": sums["images_seen"], "loss": loss, "smoothed": smoothed})
+
+
+def heldout_curve(shown: Shown) -> pd.DataFrame:
+    """images_seen, loss: each bin of timesteps counts by its width."""
+    rows = rows_of(shown, "heldout")
+    if rows.empty:
+        return rows
+    width = rows["stop"] - rows["start"]
+    sums = (
+        rows.assign(width=width, weighted=rows["loss"] * width)
+        .groupby("images_seen", as_index=False)[["weighted", "width"]]
+        .sum()
+    )
+    return sums.assign(loss=sums["weighted"] / sums["width"])[["images_seen", "loss"]]
 
 
 def moving_mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -166,28 +135,11 @@ def moving_mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return (sums[high] - sums[low]) / (totals[high] - totals[low])
 
 
-def final_heldout(shown: Shown) -> pd.DataFrame:
-    """The rows of the last measuring point."""
-    rows = _rows(shown, "heldout")
-    return rows[rows["step"] == rows["step"].max()] if len(rows) else rows
-
-
-def _num_intervals(shown: Shown) -> int:
-    rows = _rows(shown, "train")
-    return rows["interval"].nunique() if len(rows) else 0
-
-
-def _rows(shown: Shown, kind: str) -> pd.DataFrame:
+def rows_of(shown: Shown, kind: str) -> pd.DataFrame:
     metrics = shown.run.metrics
     return metrics[metrics["kind"] == kind] if len(metrics) else metrics
 
 
-def _with_denoising_loss(rows: pd.DataFrame) -> pd.DataFrame:
+def with_denoising_loss(rows: pd.DataFrame) -> pd.DataFrame:
     variational = rows["vb"].fillna(0.0) if "vb" in rows else 0.0
     return rows.assign(denoising=rows["mse"] + variational)
-
-
-def _table(curves: list[tuple[Shown, pd.DataFrame]]) -> pd.DataFrame:
-    parts = [curve.assign(label=shown.label, seed=shown.run.config["seed"]) for shown, curve in curves]
-    table = pd.concat(parts)
-    return table[["label", "seed", *(name for name in table.columns if name not in ("label", "seed"))]]

@@ -1,0 +1,60 @@
+"""Is a request to stop remembered, and nothing else done about it?"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from bench.stopping import StopFlag
+
+NUMBERS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+
+
+@pytest.fixture(autouse=True)
+def handlers_put_back() -> Iterator[None]:
+    before = [signal.getsignal(number) for number in NUMBERS]
+    yield
+    for number, handler in zip(NUMBERS, before, strict=True):
+        signal.signal(number, handler)
+
+
+def test_nothing_was_asked_yet() -> None:
+    assert not StopFlag()() and not StopFlag().listen(*NUMBERS)()
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=lambda number: number.name)
+def test_a_signal_is_remembered(number: int) -> None:
+    stop = StopFlag().listen(*NUMBERS)
+    os.kill(os.getpid(), number)
+    assert stop() and stop() and stop.received == [number]
+
+
+def test_others_are_not_listened_to() -> None:
+    heard: list[int] = []
+    signal.signal(signal.SIGUSR2, lambda number, frame: heard.append(number))
+    stop = StopFlag().listen(signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGUSR2)
+    assert heard == [signal.SIGUSR2] and not stop()
+
+
+def test_what_is_interrupted_goes_on() -> None:
+    """A sleep is slept to its end, as is what writes a file."""
+    stop = StopFlag().listen(signal.SIGTERM)
+    timers = [threading.Timer(delay, os.kill, (os.getpid(), signal.SIGTERM)) for delay in (0.05, 0.1)]
+    started = time.monotonic()
+    for timer in timers:
+        timer.start()
+    time.sleep(0.3)
+    assert time.monotonic() - started >= 0.3 and stop.received == [signal.SIGTERM] * 2
+
+
+def test_a_second_ctrl_c_ends_at_once_and_a_second_warning_does_not() -> None:
+    stop = StopFlag().listen(signal.SIGINT, signal.SIGTERM)
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+        os.kill(os.getpid(), number)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+    assert stop()

@@ -1,0 +1,293 @@
+"""Does a sweep on a real cluster come to its end, however the cluster or someone ends its jobs?"""
+
+import os
+import shutil
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import torch
+from command import tsbench
+from same_runs import assert_nothing_half_written, assert_same_bytes, scores
+from slurm_cluster import Cluster, wait_until
+from sweeping import (
+    LONG,
+    PATIENCE_SECONDS,
+    REMIX,
+    SIX,
+    Attempt,
+    TinySuite,
+    images_seen,
+    sessions,
+    tasks_of,
+)
+from training import exit_codes_of, saved, start_command
+
+from bench import checkpoint, job
+from bench.runs import expert_folder, read_run, read_samples
+
+pytestmark = pytest.mark.slurm
+
+APART = {"method": "multi_expert", "options": {"experts": 3}, "system": {"experts": "separate_jobs"}}
+TOGETHER = {**APART, "system": {}}
+BEGUN = 2400  # images: well inside of what LONG trains
+
+
+def most_at_once(attempts: list[Attempt]) -> int:
+    """How many ran at the same time, at the most."""
+    changes = [(each.started, 1) for each in attempts] + [(each.ended, -1) for each in attempts]
+    running = most = 0
+    for _, change in sorted(changes):  # an end before a start of the same second
+        running += change
+        most = max(most, running)
+    return most
+
+
+def assert_ended(suite: TinySuite, *states: str) -> list[Attempt]:
+    """The accounting, which may lag behind, has these attempts in the end; they are returned."""
+    wait_until(lambda: suite.job_states() == [*states], f"attempts {states}", PATIENCE_SECONDS)
+    return suite.attempts()
+
+
+@contextmanager
+def preempting(cluster: Cluster) -> Iterator[None]:
+    """A job of the partition `high` wants all of n1, and has it until the block ends."""
+    rival = cluster.submit("sleep 600", "--partition=high", "--cpus-per-task=4", "--chdir=/")  # not a job of the suite
+    try:
+        yield
+    finally:
+        cluster.run("scancel", rival)
+
+
+def test_twelve_runs_as_one_array_with_a_limit(tiny_suite: TinySuite) -> None:
+    tiny_suite.write(*SIX, grid={"seed": [0, 1]})
+    tiny_suite.write_profile(array_parallelism=4)
+    tiny_suite.sweep()
+    tiny_suite.undisturbed()  # beside them
+    tiny_suite.wait_for("done")
+    attempts = assert_ended(tiny_suite, *["COMPLETED"] * 12)
+    (array,) = {attempt.job.partition("_")[0] for attempt in attempts}
+    assert sorted(attempt.job for attempt in attempts) == sorted(f"{array}_{index}" for index in range(12))
+    assert most_at_once(attempts) == 4
+    assert [len(sessions(folder)) for folder in tiny_suite.run_folders()] == [1] * 12
+    tiny_suite.sweep()
+    assert tiny_suite.queue_is_empty() and tiny_suite.attempts() == attempts
+    tiny_suite.assert_as_undisturbed()
+
+
+def test_two_nodes_with_two_tasks_train_what_one_process_trains(tiny_suite: TinySuite) -> None:
+    tiny_suite.write(REMIX)
+    tiny_suite.write_profile(nodes=2, tasks_per_node=2, memory_gb=3)
+    tiny_suite.sweep()
+    tiny_suite.wait_for("done")
+    folder, (alone,) = tiny_suite.run_folder(), tiny_suite.undisturbed()
+    (attempt,) = assert_ended(tiny_suite, "COMPLETED")
+    assert attempt.ended - (folder / "done").stat().st_mtime < 10  # no rank waits for another that has left
+    (session,) = sessions(folder)
+    assert session["world_size"] == 4 and session["slurm"]["nodes"] == "n[1-2]"
+    assert_same_bytes(folder, trained_by_local_ranks(alone, tiny_suite.folder / "local", 4))
+    assert apart(saved(folder)[0], saved(alone)[0]) < 1e-3
+    samples, by_four = job.draw_samples(folder, []), scores(folder)
+    assert (samples.images.permute(0, 2, 3, 1).numpy() == read_samples(folder)).all()
+    again = job.evaluate_again(folder, [])
+    assert (again["metrics"], again["heldout_loss"]) == by_four[0][2:]
+
+
+def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """How far two trained networks are from each other, as a part of their size: the most of any tensor.
+
+    Left out: biases of attention, as those of keys have no gradient but rounding, which Adam blows up to whole steps.
+    """
+    assert one.keys() == other.keys()
+    names = [name for name in one if name.startswith("model.") and not name.endswith("qkv.bias")]
+    return max(float((one[name] - other[name]).norm() / other[name].norm()) for name in names)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def trained_by_local_ranks(like: Path, place: Path, size: int) -> Path:
+    """The same run, made by that many processes without Slurm; its folder."""
+    folder = place / like.name
+    folder.mkdir(parents=True)
+    shutil.copy(like / "config.yaml", folder)
+    meet = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [start_command("train", str(folder), environment={**meet, "RANK": str(rank)}) for rank in range(size)]
+    assert exit_codes_of(ranks, PATIENCE_SECONDS) == [0] * size
+    return folder
+
+
+def test_a_time_limit_interrupts_and_the_same_job_goes_on(tiny_suite: TinySuite) -> None:
+    """The run waits for the limit's warning, stopped in the midst of training: its Slurm warns when it likes to."""
+    tiny_suite.write(REMIX, **LONG)
+    tiny_suite.write_profile(minutes=1, signal_seconds=20)
+    tiny_suite.sweep()
+    tiny_suite.wait_for_images(BEGUN)
+    (name,) = tiny_suite.status().jobs
+    (task,) = tasks_of(name)
+    os.kill(task, signal.SIGSTOP)
+    tiny_suite.undisturbed()  # meanwhile
+    wait_until(lambda: is_warned(task), f"job {name} is warned", 90)
+    with suppress(ProcessLookupError):
+        os.kill(task, signal.SIGCONT)
+    status = tiny_suite.wait_for("queued")[tiny_suite.run_folder().name]
+    assert status.jobs == (name,) and status.detail.endswith(f"goes on from {status.fraction:.0%}") and 0 < status.fraction < 1
+    tiny_suite.wait_for("done")
+    attempts = assert_ended(tiny_suite, "REQUEUED", "COMPLETED")
+    assert {attempt.job for attempt in attempts} == {name}
+    assert [session["slurm"]["restart_count"] for session in sessions(tiny_suite.run_folder())] == [None, "1"]
+    assert lost_images(tiny_suite) == 0
+    tiny_suite.assert_as_undisturbed()
+
+
+def is_warned(process: int) -> bool:
+    """Whether SIGUSR2 waits for the stopped process, or it has ended: Slurm may continue it itself."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except FileNotFoundError:
+        return True
+    pending = next(line for line in lines if line.startswith("ShdPnd:")).split()[1]
+    return int(pending, 16) & 1 << (signal.SIGUSR2 - 1) > 0
+
+
+def lost_images(suite: TinySuite) -> int:
+    """Of the only run, which is done: what it trained and had to train again."""
+    return int(read_run(suite.run_folder()).summary["lost_images"])
+
+
+@pytest.mark.parametrize(
+    ("partition", "state", "ending"),
+    [("low", "queued", "REQUEUED"), ("low0", "preempted", "PREEMPTED")],
+    ids=["grace", "no grace"],
+)
+def test_preempted_it_goes_on_by_itself(partition: str, state: str, ending: str, tiny_suite: TinySuite) -> None:
+    """With a grace time the job itself asks to be queued again, and that is all that Slurm knows of it afterwards."""
+    tiny_suite.write(REMIX, **LONG)
+    tiny_suite.write_profile(partition=partition)
+    tiny_suite.sweep()
+    tiny_suite.wait_for_images(BEGUN)
+    with preempting(tiny_suite.cluster):
+        tiny_suite.wait_for(state)
+        assert tiny_suite.status().jobs
+        tiny_suite.sweep()  # changes nothing: the job will come back
+    tiny_suite.wait_for("done")
+    first, second = assert_ended(tiny_suite, ending, "COMPLETED")
+    assert first.job == second.job
+    assert lost_images(tiny_suite) == 0
+    tiny_suite.assert_one_at_a_time()
+    tiny_suite.assert_as_undisturbed()
+
+
+@contextmanager
+def cancelling_preemption(cluster: Cluster, partition: str) -> Iterator[None]:
+    change = ("scontrol", "update", f"PartitionName={partition}")
+    cluster.run(*change, "PreemptMode=CANCEL")
+    try:
+        yield
+    finally:
+        cluster.run(*change, "PreemptMode=REQUEUE")
+
+
+def test_preemption_that_cancels_is_submitted_again(tiny_suite: TinySuite) -> None:
+    tiny_suite.write(REMIX, **LONG)
+    tiny_suite.write_profile(partition="low0")
+    with cancelling_preemption(tiny_suite.cluster, "low0"):
+        tiny_suite.sweep()
+        tiny_suite.wait_for_images(BEGUN)
+        with preempting(tiny_suite.cluster):
+            tiny_suite.wait_for("preempted")
+            assert not tiny_suite.status().jobs
+        waiting = tiny_suite.start("--wait")
+        tiny_suite.wait_for_images(2 * BEGUN)
+        with preempting(tiny_suite.cluster):
+            wait_until(lambda: tiny_suite.job_states()[:2] == ["PREEMPTED"] * 2, "a second preemption", PATIENCE_SECONDS)
+        out, err = waiting.communicate(timeout=PATIENCE_SECONDS)
+    assert waiting.returncode == 0, out + err
+    attempts = assert_ended(tiny_suite, "PREEMPTED", "PREEMPTED", "COMPLETED")
+    assert len({attempt.job for attempt in attempts}) == 3
+    tiny_suite.assert_one_at_a_time()
+    tiny_suite.assert_as_undisturbed()
+
+
+def test_a_killed_task_is_a_failure_that_the_next_sweep_mends(tiny_suite: TinySuite) -> None:
+    tiny_suite.write(REMIX, **LONG)
+    tiny_suite.sweep()
+    tiny_suite.wait_for_images(BEGUN)
+    (name,) = tiny_suite.status().jobs
+    os.kill(*tasks_of(name), signal.SIGKILL)
+    tiny_suite.wait_for("failed")
+    status, folder = tiny_suite.status(), tiny_suite.run_folder()
+    assert status.kind == "killed" and status.detail.startswith(f"a task of job {name} was killed by signal 9 (SIGKILL) on n")
+    undone = images_seen(folder) - 8 * checkpoint.load_latest(folder / "checkpoints").counters["steps_done"]
+    tiny_suite.sweep()
+    tiny_suite.wait_for("done")
+    attempts = assert_ended(tiny_suite, "FAILED", "COMPLETED")
+    assert len({attempt.job for attempt in attempts}) == 2
+    assert lost_images(tiny_suite) == undone
+    tiny_suite.assert_one_at_a_time()
+    tiny_suite.assert_as_undisturbed()
+
+
+def test_experts_in_jobs_of_their_own(tiny_suite: TinySuite) -> None:
+    tiny_suite.write(TOGETHER, **LONG)
+    (together,) = tiny_suite.undisturbed()
+    tiny_suite.write(APART, **LONG)
+    tiny_suite.sweep()
+    folder = tiny_suite.run_folder()
+    places = [expert_folder(folder, index) for index in range(3)]
+    tiny_suite.wait_for_images(BEGUN // 3, places[1])
+    array = tiny_suite.status().jobs[0].partition("_")[0]
+    os.kill(*tasks_of(f"{array}_1"), signal.SIGKILL)
+    tiny_suite.wait_for("failed")
+    status = tiny_suite.status()
+    assert status.kind == "killed" and status.detail.startswith(f"expert 1: a task of job {array}_1 was killed")
+    assert [(place / "done").exists() for place in places] == [True, False, True] and not (folder / "done").exists()
+    tiny_suite.sweep()
+    tiny_suite.wait_for("done")
+    attempts = assert_ended(tiny_suite, "COMPLETED", "FAILED", "COMPLETED", "COMPLETED")
+    assert len({attempt.job for attempt in attempts}) == 4
+    assert_same_bytes(folder, together)
+    assert_nothing_half_written(folder)
+    assert sorted(session["expert"] for session in sessions(folder) if "expert" in session) == [0, 1, 1, 2]
+
+
+def test_cancelled_by_run_and_by_suite(tiny_suite: TinySuite) -> None:
+    tiny_suite.write(REMIX, grid={"seed": [0, 1]}, **LONG)
+    tiny_suite.sweep()
+    for folder in tiny_suite.run_folders():
+        tiny_suite.wait_for_images(BEGUN, folder)
+    first, second = tiny_suite.run_folders()
+    job_of_first, job_of_second = tiny_suite.jobs()
+    cancel(tiny_suite, first.name)
+    live = tiny_suite.look()[1].live
+    assert job_of_first not in live or live[job_of_first].state == "COMPLETING"
+    assert live[job_of_second].state == "RUNNING"
+    cancel(tiny_suite, tiny_suite.suite)
+    tiny_suite.wait_for("planned")
+    assert_saved_at_its_last_step(first)
+    assert_saved_at_its_last_step(second)
+    assert tiny_suite.queue_is_empty()
+    assert [status.kind for status in tiny_suite.statuses().values()] == ["cancelled"] * 2
+    assert_ended(tiny_suite, "CANCELLED", "CANCELLED")
+    tiny_suite.sweep()
+    tiny_suite.wait_for("done")
+    assert_ended(tiny_suite, "CANCELLED", "CANCELLED", "COMPLETED", "COMPLETED")
+    tiny_suite.assert_one_at_a_time()
+    tiny_suite.assert_as_undisturbed()
+
+
+def cancel(suite: TinySuite, what: str) -> None:
+    outcome = tsbench("cancel", what, "--runs", suite.runs)
+    assert outcome.code == 0, outcome.err
+
+
+def assert_saved_at_its_last_step(folder: Path) -> None:
+    found = checkpoint.load_latest(folder / "checkpoints")
+    assert found is not None and 8 * found.counters["steps_done"] == images_seen(folder) < LONG["budget"]["amount"]
+    assert_nothing_half_written(folder)
