@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from rich.console import Console
 
-from bench import sweeps
+from bench import result_commands, sweeps
 
 RESULTS = Path("results")
 DESCRIPTION = "Timestep-specialised diffusion transformers under one trainer, at equal budgets, scored by one frozen protocol."
@@ -157,19 +157,7 @@ def make_parser() -> Parser:
     evaluate.add_argument("settings", nargs="*", metavar="key=value", help="for example evaluation.steps=250")
     evaluate.set_defaults(run=run_evaluate)
 
-    for name, run, text in (
-        ("collect", run_collect, "gather the runs of a folder into one tidy results.csv"),
-        ("tables", run_tables, "the comparison table of a folder's runs: Markdown and LaTeX"),
-        ("plots", run_plots, "the figures of a folder's runs: PNG, PDF and the data shown"),
-    ):
-        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-        command.add_argument("folder", type=Path, metavar="FOLDER", help="a folder with runs/, for example results/demo")
-        if run is not run_collect:
-            command.add_argument("--suite", default="demo", help="the suite that gives title, labels and colours (default demo)")
-            command.add_argument(
-                "--protocol", default="", metavar="HASH", help="which scores, of runs that were scored by several"
-            )
-        command.set_defaults(run=run)
+    result_commands.add_parsers(commands)
     return parser
 
 
@@ -261,7 +249,7 @@ def print_run(folder: Path) -> None:
 
 
 def run_sample(parsed: argparse.Namespace) -> int:
-    from bench import adm, job
+    from bench import adm, trained
     from bench.files import write_bytes_atomically
 
     out: Path = parsed.out
@@ -269,7 +257,7 @@ def run_sample(parsed: argparse.Namespace) -> int:
         raise ValueError(f"--out is {out}: give the name of a file that ends in .npz or .png")
     if not out.parent.is_dir():
         raise ValueError(f"there is no folder {out.parent}: create it, or choose another --out")
-    samples = job.draw_samples(parsed.folder, parsed.settings)
+    samples = trained.draw_samples(parsed.folder, parsed.settings)
     if out.suffix == ".npz":
         adm.write_samples(out, samples.images, samples.labels)
     else:
@@ -284,36 +272,8 @@ def run_sample(parsed: argparse.Namespace) -> int:
 
 
 def run_evaluate(parsed: argparse.Namespace) -> int:
-    from bench import job
+    from bench import trained
 
-    job.evaluate_again(parsed.folder, parsed.settings)
+    trained.evaluate_again(parsed.folder, parsed.settings)
     print_run(parsed.folder)
-    return 0
-
-
-def run_collect(parsed: argparse.Namespace) -> int:
-    from bench import show
-
-    for path in show.collect(parsed.folder):
-        print(path)
-    return 0
-
-
-def run_tables(parsed: argparse.Namespace) -> int:
-    from bench import show
-    from bench.suite import load_suite
-
-    suite = load_suite(parsed.suite)
-    show.write_tables(parsed.folder, show.results_of(parsed.folder, parsed.protocol), suite, Console(), parsed.protocol)
-    print(f"\n{parsed.folder / 'table.md'}, {parsed.folder / 'table.tex'}")
-    return 0
-
-
-def run_plots(parsed: argparse.Namespace) -> int:
-    from bench import show
-    from bench.suite import load_suite
-
-    suite = load_suite(parsed.suite)
-    for path in show.write_figures(parsed.folder, show.find(parsed.folder, parsed.protocol), suite):
-        print(path)
     return 0

@@ -44,7 +44,7 @@ def make_plan(suite: dict[str, Any], out: Path, overrides: list[str]) -> Plan:
 
 def run_plan(plan: Plan, workers: int, console: Console) -> dict[str, str]:
     """Train and score every run that is not done already; run -> cause for those that failed."""
-    write_floor(plan)
+    write_floor(plan.out, plan.configs[0])
     jobs, num_reused = [], 0
     for config, folder, flops in zip(plan.configs, plan.folders, plan.step_flops, strict=True):
         if job.is_scored(config, folder):
@@ -59,13 +59,14 @@ def run_plan(plan: Plan, workers: int, console: Console) -> dict[str, str]:
         return run_side_by_side(jobs, workers, watch)
 
 
-def write_floor(plan: Plan) -> None:
-    """`floor.json`: real data against real data."""
-    path, protocol = plan.out / "floor.json", plan.protocol
+def write_floor(folder: Path, config: RunConfig) -> None:
+    """`floor.json`: real data against real data, by the protocol of a run."""
+    data = load_data(config.data)
+    path, protocol = folder / "floor.json", protocol_of(config.evaluation, data)
     if read_json(path, dict).get("protocol_hash") == protocol.hash:
         return
-    metrics = floor_scores(protocol, load_data(plan.configs[0].data))
-    make_folder(plan.out)
+    metrics = floor_scores(protocol, data)
+    make_folder(folder)
     record = {"protocol_hash": protocol.hash, "protocol": protocol.content, "n": protocol.num_samples, "metrics": metrics}
     write_json_atomically(path, record)
 

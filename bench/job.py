@@ -27,7 +27,7 @@ from bench.prepare import prepare_folder as prepare_folder
 from bench.provenance import code_difference, code_files, imported_methods
 from bench.run_folder import guarded, left_cause, locked, read_back, summary_of
 from bench.runs import Run, expert_folder, read_run
-from bench.sample import Samples, make_sampler
+from bench.sample import make_sampler
 from bench.settings import flat_settings, resolve
 from bench.suite import RUN
 from bench.trainer import Interrupted, Trainer, never
@@ -126,18 +126,19 @@ def run(
     sampler = make_sampler(config.diffusion, config.evaluation, config.model, data)
     apart = _are_apart(config, method, expert)
     experts.check_folder(config, folder)
-    trainer = Trainer(method, config, data, folder, world, should_stop=should_stop)
     if world.decide(_is_scored(folder, protocol), device):
         return
-    if apart and not world.decide(_is_trained(folder), device):
+    if apart and not world.decide(is_trained(folder), device):
         for index in range(len(method.intervals)) if expert is None else [expert]:
-            _train_expert(trainer, initial_flops, index, is_dead)
+            if not world.decide(experts.is_trained(folder, index), device):
+                _train_expert(config, data, folder, world, index, should_stop, is_dead)
         if not world.decide(experts.all_done(folder, len(method.intervals)), device):
             return
-        if expert is not None and world.decide(lease.read(folder) is not None, device):
-            return  # the job of another expert puts the run together
+    trainer = Trainer(method, config, data, folder, world, should_stop=should_stop)
     with _held(trainer, folder, is_dead), left_cause(folder, world):
-        if _is_trained(folder):
+        if world.decide(_is_scored(folder, protocol), device):  # meanwhile, by the job of another expert
+            return
+        if is_trained(folder):
             trainer.restore()
         else:
             _assemble(trainer) if apart else trainer.fit()
@@ -161,15 +162,19 @@ def _are_apart(config: RunConfig, method: Method, expert: int | None) -> bool:
     return apart
 
 
-def _train_expert(of_all: Trainer, initial_flops: float, index: int, is_dead: Callable[[str], bool] | None) -> None:
-    """In a folder inside the run's, as far as it is not done already."""
-    config, folder, world = of_all.config, of_all.folder, of_all.world
-    assert folder is not None
-    if world.decide(experts.is_trained(folder, index), of_all.device):
-        return
-    method, _ = _initial_method(config, of_all.data, folder.parent)
-    place, own = expert_folder(folder, index), frozenset({index})
-    trainer = Trainer(method, config, of_all.data, place, world, of_all.cost, own, of_all.should_stop)
+def _train_expert(
+    config: RunConfig,
+    data: DataSource,
+    folder: Path,
+    world: World,
+    index: int,
+    should_stop: Callable[[], bool],
+    is_dead: Callable[[str], bool] | None,
+) -> None:
+    """In a folder inside the run's."""
+    method, _ = _initial_method(config, data, folder.parent)
+    place = expert_folder(folder, index)
+    trainer = Trainer(method, config, data, place, world, experts=frozenset({index}), should_stop=should_stop)
     if world.is_main:
         experts.begin(config, folder)
     with _held(trainer, place, is_dead), left_cause(place, world):
@@ -220,10 +225,10 @@ def is_scored(config: RunConfig, folder: Path) -> bool:
 
 def _is_scored(folder: Path, protocol: EvalProtocol) -> bool:
     hashes = [record["protocol_hash"] for record in Run(folder).evaluations]
-    return _is_trained(folder) and protocol.hash in hashes and all((folder / name).exists() for name in OF_SCORING)
+    return is_trained(folder) and protocol.hash in hashes and all((folder / name).exists() for name in OF_SCORING)
 
 
-def _is_trained(folder: Path) -> bool:
+def is_trained(folder: Path) -> bool:
     """Trained to the end. What was damaged and therefore deleted is made anew."""
     return all((folder / name).exists() for name in ("done", *OF_TRAINING))
 
@@ -240,33 +245,6 @@ def load_trained(folder: Path, overrides: list[str] | None = None) -> tuple[RunC
     parts = {part: {n.removeprefix(part): tensor for n, tensor in found.tensors.items() if n.startswith(part)} for part in PARTS}
     load_exactly(method, parts["model."] | parts["ema."], f"the checkpoint in {folder}")
     return config, data, method.to(device)
-
-
-def evaluate_again(folder: Path, overrides: list[str]) -> dict[str, Any]:
-    """Sample and score a trained run under changed `evaluation` settings; the record is added to its `eval.json`."""
-    config = read_config(folder, overrides)
-    find_device(config.system.device)
-    if not _is_trained(folder):
-        raise ValueError(f"run {folder} is not trained to its end: go on with `tsbench train {folder}`")
-    data = load_data(config.data)
-    protocol = protocol_of(config.evaluation, data)
-    sampler = make_sampler(config.diffusion, config.evaluation, config.model, data)
-    _ = Run(folder).evaluations  # can be read and added to: found out before anything is computed
-    with locked(folder):
-        trainer = Trainer(build_method(config, data), config, data, folder)
-        trainer.restore()
-        finisher = Finisher(trainer, sampler, protocol, data)
-        with trainer.ema.applied():
-            _, record = finisher.score()
-        finisher.put_score(record)
-        return record
-
-
-def draw_samples(folder: Path, overrides: list[str]) -> Samples:
-    """Images from a trained run under changed `evaluation` settings."""
-    config, data, method = load_trained(folder, overrides)
-    sampler = make_sampler(config.diffusion, config.evaluation, config.model, data)
-    return sampler.draw(method, torch.device(config.system.device))
 
 
 def num_separate_experts(config: RunConfig) -> int:

@@ -17,8 +17,8 @@ from bench.files import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESENTATION = {
-    *("__main__", "cli", "demo", "progress", "sweeps", "sweep_views", "launch", "planning", "memory", "suite"),
-    *("arrays", "files", "lease", "prepare", "provenance", "runs", "stopping"),
+    *("__main__", "cli", "demo", "progress", "result_commands", "sweeps", "sweep_views", "launch", "planning", "memory", "suite"),
+    *("arrays", "files", "lease", "prepare", "trained", "provenance", "runs", "stopping"),
     *("figures", "plots", "published", "show", "statistics", "tables", "tidy", "watch"),
 }  # modules of bench that change no number
 LIBRARIES = ("torch", "timm", "torch-fidelity", "numpy", "scipy", "scikit-learn")

@@ -22,11 +22,6 @@ def results_of_runs(folder: Path, found: Sequence[runs.Run]) -> tidy.Results:
     return tidy.gather(found, floor_of(folder, found))
 
 
-def collect(folder: Path) -> list[Path]:
-    """`results.csv` and `runs.json` of a folder's runs; the files written."""
-    return tidy.write(results_of_runs(folder, find(folder)), folder)
-
-
 def write_tables(
     folder: Path,
     results: tidy.Results,
@@ -41,18 +36,6 @@ def write_tables(
     for table in made:
         console.print(tables.to_rich(table))
     return paths
-
-
-def explain(
-    folder: Path,
-    suite: Mapping[str, Any],
-    cell: tuple[str, str, str],
-    protocol_hash: str = "",
-    allow: Collection[str] = (),
-) -> str:
-    """Where a cell (table, row, column, as printed) of a folder's tables comes from; arguments as the tables were made with."""
-    results = results_of(folder, protocol_hash)
-    return tables.explain(tables.comparisons(results.frame, suite, protocol_hash, allow), results, *cell)
 
 
 def write_figures(folder: Path, found: Sequence[runs.Run], suite: dict[str, Any]) -> list[Path]:

@@ -21,6 +21,7 @@ from bench.runs import SPENT, Run, expert_folders
 from slurm import queue
 from slurm.claims import Work, read_claim
 from slurm.submit import output_of
+from slurm.task import was_preempted
 
 STATES = ("planned", "queued", "running", "preempted", "failed", "diverged", "done", "stale")
 RESUMABLE = ("time limit", "node lost", "preempted", "killed", "unknown")  # the run itself did nothing wrong
@@ -142,7 +143,7 @@ def work_status(work: Work, known: Known) -> Status:
     if job in known.live:
         live, before = known.live[job], known.ended.get(job)
         if live.state == "PENDING":
-            taken = before is not None and before.state == "PREEMPTED"
+            taken = (before is not None and before.state == "PREEMPTED") or was_preempted(work.folder)
             return Status("preempted" if taken else "queued", live.reason, jobs=(job,))
         return Status("running", live.nodes, jobs=(job,))
     holder = lease.read(work.folder)

@@ -19,6 +19,7 @@ from slurm.task import Task, Train
 
 # A warning that comes while Python still loads would end it: ignored until the task listens (env --ignore-signal is too new).
 DEAF_WHILE_LOADING = """bash -c 'trap "" USR2; exec "$@"' bash"""
+SLACK_SECONDS = 60.0  # Slurm may warn of a time limit so much earlier than it was asked to
 REQUEUES_OF_SUBMITIT = 1_000_000  # the task counts its own starts, those without progress
 
 
@@ -37,7 +38,7 @@ class Executor(submitit.SlurmExecutor):
 def make_executor(profile: Profile, job_name: str, logs: Path, snapshot: Path) -> Executor:
     python = f"{DEAF_WHILE_LOADING} {profile.python_command}"
     executor = Executor(logs, max_num_timeout=REQUEUES_OF_SUBMITIT, python=python)
-    executor.update_parameters(**profile.sbatch_parameters(job_name, snapshot))
+    executor.update_parameters(**profile.sbatch_parameters(job_name, snapshot), srun_args=["--kill-on-bad-exit=1"])
     return executor
 
 
@@ -80,7 +81,7 @@ def submit(works: list[Work], train: Train, profile: Profile, snapshot: Path, lo
 def _submit_one(works: list[Work], train: Train, profile: Profile, snapshot: Path, logs: Path, token: str) -> list[str]:
     """One array; the elements' jobs. What submitit prints of a refusal is in the error."""
     executor = make_executor(profile, token, logs, snapshot)
-    tasks = [Task(train, work, profile.restarts_without_progress) for work in works]
+    tasks = [_task(train, work, profile) for work in works]
     try:
         with redirect_stderr(io.StringIO()):
             return [job.job_id for job in executor.submit_array(tasks)]
@@ -101,11 +102,16 @@ def adopt_orphans(works: Iterable[Work], train: Train, profile: Profile) -> None
 def _give_pickle(work: Work, claim: Claim, train: Train, profile: Profile) -> None:
     path = JobPaths(claim.logs, job_id=claim.job).submitted_pickle
     if not path.exists():
-        delayed = DelayedSubmission(Task(train, work, profile.restarts_without_progress))
+        delayed = DelayedSubmission(_task(train, work, profile))
         delayed.set_timeout(profile.minutes, REQUEUES_OF_SUBMITIT)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         delayed.dump(temporary)
         temporary.replace(path)  # the job may be looking
+
+
+def _task(train: Train, work: Work, profile: Profile) -> Task:
+    earliest_warning = 60 * profile.minutes - profile.signal_seconds - SLACK_SECONDS
+    return Task(train, work, profile.restarts_without_progress, earliest_warning)
 
 
 def output_of(job: str, logs: str) -> list[Path]:

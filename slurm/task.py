@@ -7,6 +7,7 @@ all that inside the signal handler, and report a job that Slurm's SIGTERM meets 
 """
 
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,9 +37,10 @@ class Task:
     train: Train
     work: Work
     restarts_without_progress: int
+    limit_seconds: float  # after which a warning can be that of the time limit
 
     def __call__(self) -> str:
-        warned = StopFlag().listen(*WARNINGS)
+        warned, started = StopFlag().listen(*WARNINGS), time.monotonic()
         signal.signal(signal.SIGCONT, signal.SIG_DFL)  # submitit's handler only writes a line
         environment = submitit.JobEnvironment()
         is_main = environment.global_rank == 0
@@ -52,8 +54,15 @@ class Task:
             print(error)
             return "held by another"
         if is_main and not is_being_ended(environment.raw_job_id):
+            if time.monotonic() - started < self.limit_seconds:
+                self.note_preemption()
             queue.requeue(environment.raw_job_id)
         return "stopped"
+
+    def note_preemption(self) -> None:
+        """For who looks while the job waits: once it does, Slurm forgets why. The next start takes the note away."""
+        record = read_json(self.work.folder / RESTARTS, dict)
+        write_json_atomically(self.work.folder / RESTARTS, {**record, "preempted": True})
 
     def count_start(self) -> None:
         """Refuse to start for ever: RuntimeError, and the run failed, after too many starts that got no further."""
@@ -65,6 +74,11 @@ class Task:
             cause = IN_VAIN.format(count=count, place=place or "its start")
             write_json_atomically(self.work.folder / "failure.json", {"state": "failed", "cause": cause})
             raise RuntimeError(cause)
+
+
+def was_preempted(folder: Path) -> bool:
+    """Whether the last job in a folder asked to be queued again because the cluster wanted its place."""
+    return bool(read_json(folder / RESTARTS, dict).get("preempted"))
 
 
 def has_left_the_queue(job: str) -> bool:

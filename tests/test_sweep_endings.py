@@ -26,7 +26,7 @@ from sweeping import (
 )
 from training import exit_codes_of, saved, start_command
 
-from bench import checkpoint, job
+from bench import checkpoint, trained
 from bench.runs import expert_folder, read_run, read_samples
 
 pytestmark = pytest.mark.slurm
@@ -90,9 +90,9 @@ def test_two_nodes_with_two_tasks_train_what_one_process_trains(tiny_suite: Tiny
     assert session["world_size"] == 4 and session["slurm"]["nodes"] == "n[1-2]"
     assert_same_bytes(folder, trained_by_local_ranks(alone, tiny_suite.folder / "local", 4))
     assert apart(saved(folder)[0], saved(alone)[0]) < 1e-3
-    samples, by_four = job.draw_samples(folder, []), scores(folder)
+    samples, by_four = trained.draw_samples(folder, []), scores(folder)
     assert (samples.images.permute(0, 2, 3, 1).numpy() == read_samples(folder)).all()
-    again = job.evaluate_again(folder, [])
+    again = trained.evaluate_again(folder, [])
     assert (again["metrics"], again["heldout_loss"]) == by_four[0][2:]
 
 
@@ -161,19 +161,15 @@ def lost_images(suite: TinySuite) -> int:
     return int(read_run(suite.run_folder()).summary["lost_images"])
 
 
-@pytest.mark.parametrize(
-    ("partition", "state", "ending"),
-    [("low", "queued", "REQUEUED"), ("low0", "preempted", "PREEMPTED")],
-    ids=["grace", "no grace"],
-)
-def test_preempted_it_goes_on_by_itself(partition: str, state: str, ending: str, tiny_suite: TinySuite) -> None:
+@pytest.mark.parametrize(("partition", "ending"), [("low", "REQUEUED"), ("low0", "PREEMPTED")], ids=["grace", "no grace"])
+def test_preempted_it_goes_on_by_itself(partition: str, ending: str, tiny_suite: TinySuite) -> None:
     """With a grace time the job itself asks to be queued again, and that is all that Slurm knows of it afterwards."""
     tiny_suite.write(REMIX, **LONG)
     tiny_suite.write_profile(partition=partition)
     tiny_suite.sweep()
     tiny_suite.wait_for_images(BEGUN)
     with preempting(tiny_suite.cluster):
-        tiny_suite.wait_for(state)
+        tiny_suite.wait_for("preempted")
         assert tiny_suite.status().jobs
         tiny_suite.sweep()  # changes nothing: the job will come back
     tiny_suite.wait_for("done")

@@ -10,7 +10,7 @@ import pytest
 from bench.files import read_json, write_json_atomically
 from slurm import queue, task
 from slurm.claims import Work
-from slurm.task import Task, forget_restarts, has_left_the_queue, how_far, is_being_ended
+from slurm.task import Task, forget_restarts, has_left_the_queue, how_far, is_being_ended, was_preempted
 
 LIMIT = 2
 
@@ -46,8 +46,8 @@ def stopped(folder: Path, *_: object) -> bool:
     return False
 
 
-def task_of(folder: Path, train: task.Train = stopped) -> Task:
-    return Task(train, Work(folder, folder), LIMIT)
+def task_of(folder: Path, train: task.Train = stopped, limit_seconds: float = 0.0) -> Task:
+    return Task(train, Work(folder, folder), LIMIT, limit_seconds)
 
 
 def test_what_came_to_its_end_is_not_queued_again(requeued: list[str], tmp_path: Path) -> None:
@@ -56,6 +56,14 @@ def test_what_came_to_its_end_is_not_queued_again(requeued: list[str], tmp_path:
 
 def test_what_was_stopped_is(requeued: list[str], tmp_path: Path) -> None:
     assert task_of(tmp_path)() == "stopped" and requeued == ["77"]
+
+
+def test_a_warning_long_before_the_time_limit_is_a_preemption_until_the_next_start(requeued: list[str], tmp_path: Path) -> None:
+    assert task_of(tmp_path)() == "stopped" and not was_preempted(tmp_path)
+    assert task_of(tmp_path, limit_seconds=3600)() == "stopped" and was_preempted(tmp_path)
+    assert read_json(tmp_path / task.RESTARTS, dict)["count"] == 1  # the note has kept what was counted
+    assert task_of(tmp_path, ended)() == "done" and not was_preempted(tmp_path)
+    assert requeued == ["77", "77"]
 
 
 def test_a_job_that_is_cancelled_or_requeued_by_slurm_does_not_ask(

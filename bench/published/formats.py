@@ -13,8 +13,7 @@ from rich.text import Text
 
 from bench.files import make_folder, write_text_atomically
 from bench.published.table import METRICS, MISSING, PublishedTable, Section
-from bench.tables.formats import _escape_markdown as escape_markdown
-from bench.tables.formats import escape_latex
+from bench.tables.formats import escape_latex, escape_markdown
 
 ARROWS = {"lower": " ↓", "higher": " ↑", "": ""}
 BLOCKS = ("cost", "quality")

@@ -42,17 +42,17 @@ def to_markdown(table: Table) -> str:
     def line(cells: Sequence[str]) -> str:
         return f"| {' | '.join(cells)} |"
 
-    parts = [f"**{_escape_markdown(table.title)}**", ""]
+    parts = [f"**{escape_markdown(table.title)}**", ""]
     for part in table.parts:
-        parts += [f"*{_escape_markdown(part.caption)}*", ""]
-        parts.append(line(["Method", *map(_escape_markdown, part.headings)]))
+        parts += [f"*{escape_markdown(part.caption)}*", ""]
+        parts.append(line(["Method", *map(escape_markdown, part.headings)]))
         parts.append(line([":---", *["---:"] * len(part.headings)]))
         for row in part.all_rows:
             parts.append(
-                line([_escape_markdown(row.label), *(marks[cell.mark].format(_escape_markdown(cell.text)) for cell in row.cells)])
+                line([escape_markdown(row.label), *(marks[cell.mark].format(escape_markdown(cell.text)) for cell in row.cells)])
             )
         parts.append("")
-    parts += [f"- {_escape_markdown(note)}" for note in table.notes]
+    parts += [f"- {escape_markdown(note)}" for note in table.notes]
     return "\n".join(parts) + "\n"
 
 
@@ -150,7 +150,7 @@ def _number_latex(text: str) -> str:
     return re.sub(r"(?<![\w.-])-(?=\d)", "$-$", escape_latex(text))
 
 
-def _escape_markdown(text: str) -> str:
+def escape_markdown(text: str) -> str:
     text = text.replace("\N{NO-BREAK SPACE}", " ")
     for character in "\\|*_<>`":
         text = text.replace(character, f"\\{character}")

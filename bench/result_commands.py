@@ -1,0 +1,202 @@
+"""What do `tsbench collect`, `tables`, `plots` and `explain` do? They lead from a suite or a folder to `bench.show`.
+
+A suite's runs lie among those of all suites; what is made of them goes to results/SUITE. A folder has its own runs, or
+holds the results that were collected from some.
+"""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from bench.sweeps import RUNS, is_suite
+
+if TYPE_CHECKING:  # imports are made where they are needed, so that help and refusals come at once
+    from bench.runs import Run
+    from bench.tidy import Results
+
+RESULTS = Path("results")
+
+
+def add_parsers(commands: Any) -> None:
+    """The commands, for `bench.cli`."""
+    for name, run, text in (
+        ("collect", run_collect, "gather the runs of a suite or a folder into one tidy results.csv"),
+        ("tables", run_tables, "the comparison tables of a suite's or a folder's runs, or a paper's table beside ours"),
+        ("plots", run_plots, "the figures of a suite's or a folder's runs: PNG, PDF and the data shown"),
+        ("explain", run_explain, "where a cell of a table comes from: runs, settings, code, machine, protocol"),
+    ):
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        command.add_argument(
+            "target", metavar="SUITE|FOLDER", help="a suite, a table of a paper (PAPER.TABLE), or a folder such as results/demo"
+        )
+        if run is run_explain:
+            for part, of in (
+                ("table", "the number it is printed with, or the beginning of its title"),
+                ("row", ""),
+                ("column", ""),
+            ):
+                command.add_argument(part, metavar=part.upper(), help=of or "as printed, or its beginning")
+        command.add_argument("settings", nargs="*", metavar="key=value", help="settings of a suite's runs, as given to sweep")
+        command.add_argument("--runs", type=Path, help=f"where a suite's runs are (default {RUNS})")
+        command.add_argument("--out", type=Path, help="where a suite's results go (default results/SUITE)")
+        command.add_argument("--suite", default="demo", help="of a folder: what gives title, labels and colours (default demo)")
+        command.add_argument("--protocol", default="", metavar="HASH", help="which scores, of runs that were scored by several")
+        if run in (run_tables, run_explain):
+            command.add_argument("--allow", default="", metavar="WHAT", help="show all the same: protocols,incomplete,n,budgets")
+        if run is run_tables:
+            command.add_argument("--check", action="store_true", help="only say which committed files no longer follow")
+        command.set_defaults(run=run)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a command was pointed at."""
+
+    folder: Path  # of the results
+    suite: dict[str, Any]
+    runs: "list[Run] | None"  # of a suite; None: what the folder itself holds
+
+
+def find_target(parsed: argparse.Namespace) -> Target:
+    """ValueError in one sentence if there is nothing there."""
+    from bench.suite import load_suite
+
+    if not is_suite(parsed.target):
+        folder = Path(parsed.target)
+        if not folder.is_dir():
+            raise ValueError(f"there is neither a suite nor a folder {parsed.target!r}: see `ls bench/suites`, or check the path")
+        if parsed.settings:
+            raise ValueError(
+                f"settings {' '.join(parsed.settings)} choose runs of a suite, but {folder} is a folder: leave them out"
+            )
+        return Target(folder, load_suite(parsed.suite), None)
+    suite = load_suite(parsed.target)
+    return Target(parsed.out or RESULTS / str(suite["name"]), suite, _runs_of(suite, parsed))
+
+
+def _runs_of(suite: dict[str, Any], parsed: argparse.Namespace) -> "list[Run]":
+    """Those runs of the suite that have begun."""
+    from bench import job
+    from bench.runs import Run
+    from bench.suite import suite_configs
+
+    root = parsed.runs or RUNS
+    ids = [config.run_id for config in suite_configs(suite, parsed.settings, job.make_config)]
+    return [Run(root / run_id, parsed.protocol) for run_id in ids if (root / run_id / "config.yaml").is_file()]
+
+
+def _results(target: Target, parsed: argparse.Namespace) -> "Results":
+    """From runs where there are some, else from what was collected before."""
+    from bench import show, tidy
+
+    if target.runs:
+        _write_floor(target)
+        return show.results_of_runs(target.folder, target.runs)
+    if target.runs is not None and not (target.folder / tidy.RESULTS).is_file():
+        raise ValueError(f"no run of this suite has begun in {parsed.runs or RUNS}: start some with `tsbench sweep`")
+    return show.results_of(target.folder, parsed.protocol)
+
+
+def _write_floor(target: Target) -> None:
+    """Real data against real data, by the protocol of the suite's runs."""
+    from bench import job
+    from bench.demo import write_floor
+
+    assert target.runs
+    scored = next((run for run in target.runs if run.evaluations), None)
+    if scored is not None:
+        write_floor(target.folder, job.read_config(scored.path))
+
+
+def run_collect(parsed: argparse.Namespace) -> int:
+    from bench import tidy
+
+    target = find_target(parsed)
+    for path in tidy.write(_results(target, parsed), target.folder):
+        print(path)
+    return 0
+
+
+def run_tables(parsed: argparse.Namespace) -> int:
+    from bench import show, tables
+
+    if parsed.target in _published_names():
+        return _published_table(parsed)
+    target, allow = find_target(parsed), _allowed(parsed)
+    if parsed.check:
+        lines = tables.check(target.folder, target.suite, parsed.protocol, allow)
+        print("\n".join(lines) or f"all tables in {target.folder} follow from its results")
+        return 1 if lines else 0
+    paths = show.write_tables(target.folder, _results(target, parsed), target.suite, Console(), parsed.protocol, allow)
+    print("\n" + "\n".join(str(path) for path in paths))
+    return 0
+
+
+def run_plots(parsed: argparse.Namespace) -> int:
+    from bench import show
+
+    target = find_target(parsed)
+    runs = target.runs if target.runs is not None else show.find(target.folder, parsed.protocol)
+    if not runs:
+        raise ValueError(f"no run of this suite has begun in {parsed.runs or RUNS}: start some with `tsbench sweep`")
+    if target.runs:
+        _write_floor(target)
+    for path in show.write_figures(target.folder, runs, target.suite):
+        print(path)
+    return 0
+
+
+def run_explain(parsed: argparse.Namespace) -> int:
+    from bench import tables
+
+    target, allow = find_target(parsed), _allowed(parsed)
+    results = _results(target, parsed)
+    made = tables.comparisons(results.frame, target.suite, parsed.protocol, allow)
+    print(tables.explain(made, results, parsed.table, parsed.row, parsed.column))
+    return 0
+
+
+def _allowed(parsed: argparse.Namespace) -> tuple[str, ...]:
+    from bench.tables import ALLOWABLE
+
+    given = tuple(name for name in parsed.allow.split(",") if name)
+    unknown = [name for name in given if name not in ALLOWABLE]
+    if unknown:
+        raise ValueError(f"--allow names {', '.join(unknown)}: choose from {', '.join(ALLOWABLE)}")
+    return given
+
+
+def _published_names() -> list[str]:
+    from bench.published import published_names
+
+    return published_names()
+
+
+def _published_table(parsed: argparse.Namespace) -> int:
+    """A paper's figures beside ours, and its coefficients as a figure; written only where --out says."""
+    from bench import job
+    from bench.figures import style
+    from bench.figures.published import published_mixing
+    from bench.published import published_table, to_rich, write_published
+    from bench.runs import find_runs
+
+    for option in ("check", "allow"):
+        if getattr(parsed, option):
+            raise ValueError(f"--{option} is for tables of our own runs: leave it out for {parsed.target}")
+    if parsed.runs is None:
+        table = published_table(parsed.target)
+    else:
+        found = find_runs(parsed.runs, parsed.protocol)
+        table = published_table(parsed.target, found, parsed.settings, job.make_config)
+    Console().print(to_rich(table))
+    paths: list[Path] = []
+    if parsed.out is not None:
+        paths = write_published(table, parsed.out)
+        with style.settings():
+            for drawn in published_mixing(table):
+                paths += style.save(drawn, parsed.out)
+    print("\n".join(str(path) for path in paths), end="\n" if paths else "")
+    return 0

@@ -1,0 +1,42 @@
+"""What can still be done with a run that is trained? It can be scored under another protocol, and draw more images."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import job
+from bench.data import load_data
+from bench.evaluate import protocol_of
+from bench.finish import Finisher
+from bench.run_folder import locked
+from bench.runs import Run
+from bench.sample import Samples, make_sampler
+from bench.trainer import Trainer
+
+
+def evaluate_again(folder: Path, overrides: list[str]) -> dict[str, Any]:
+    """Sample and score a trained run under changed `evaluation` settings; the record is added to its `eval.json`."""
+    config = job.read_config(folder, overrides)
+    job.find_device(config.system.device)
+    if not job.is_trained(folder):
+        raise ValueError(f"run {folder} is not trained to its end: go on with `tsbench train {folder}`")
+    data = load_data(config.data)
+    protocol = protocol_of(config.evaluation, data)
+    sampler = make_sampler(config.diffusion, config.evaluation, config.model, data)
+    _ = Run(folder).evaluations  # can be read and added to: found out before anything is computed
+    with locked(folder):
+        trainer = Trainer(job.build_method(config, data), config, data, folder)
+        trainer.restore()
+        finisher = Finisher(trainer, sampler, protocol, data)
+        with trainer.ema.applied():
+            _, record = finisher.score()
+        finisher.put_score(record)
+        return record
+
+
+def draw_samples(folder: Path, overrides: list[str]) -> Samples:
+    """Images from a trained run under changed `evaluation` settings."""
+    config, data, method = job.load_trained(folder, overrides)
+    sampler = make_sampler(config.diffusion, config.evaluation, config.model, data)
+    return sampler.draw(method, torch.device(config.system.device))
