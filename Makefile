@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo quick test check install format
+.PHONY: demo quick test slurm check install format
 
 demo: $(INSTALLED)  ## six methods on real digits: train, score, table and figures
 	$(BIN)/tsbench demo
@@ -12,8 +12,14 @@ demo: $(INSTALLED)  ## six methods on real digits: train, score, table and figur
 quick: $(INSTALLED)  ## the demo's path in about two minutes, not converged
 	$(BIN)/tsbench demo --quick
 
-test: $(INSTALLED)  ## all tests that this machine can run
+test: $(INSTALLED)  ## all tests that this machine can run in some minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+	@if PATH=$$PATH:/usr/sbin; for daemon in slurmctld slurmd slurmdbd mariadbd munged; do command -v $$daemon || exit 1; done >/dev/null; \
+	then $(MAKE) slurm; else \
+	  echo "Skipped: the tests on a real Slurm, as it is not installed. To run them: sudo slurm/local_cluster.sh install && make slurm"; fi
+
+slurm: $(INSTALLED)  ## the tests on a real Slurm, about 10 minutes (SLOW=1: the slow ones alone)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "slurm and $(if $(SLOW),slow,not slow)"
 
 check: $(INSTALLED)  ## lint, types, tests
 	$(BIN)/ruff check .
