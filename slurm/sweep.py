@@ -157,12 +157,14 @@ def wait(
     """Until none of the runs that were asked for is queued or running, and none is left that can be started. What the cluster
     took away is submitted again; what someone cancelled is not. While the cluster does not answer, nothing is decided.
     """
+    cancelled: set[str] = set()  # remembered here: of a job that never ran the cluster forgets it within minutes
     while True:
         statuses, known = sweep.statuses()
         if known.answers:
             show(statuses)
             choice = sweep.choose(statuses)
-            start = [item for item in choice.start if item.run_id in asked and statuses[item.run_id].kind != "cancelled"]
+            cancelled |= {run_id for run_id, status in statuses.items() if status.kind == "cancelled"}
+            start = [item for item in choice.start if item.run_id in asked and item.run_id not in cancelled]
             if not start and not any(statuses[run_id].in_hand for run_id in asked):
                 return
             if start:

@@ -5,7 +5,6 @@ the cluster. Nothing here looks into logs: states come from `Sweep.statuses`, at
 """
 
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -82,8 +81,7 @@ class TinySuite:
     cluster: Cluster
     folder: Path
     undisturbed_runs: Path  # of the whole session: each is trained once
-    started: list["subprocess.Popen[str]"] = field(default_factory=list)
-    forked: list[BaseProcess] = field(default_factory=list)
+    started: list[BaseProcess] = field(default_factory=list)
 
     @property
     def runs(self) -> Path:
@@ -107,35 +105,18 @@ class TinySuite:
         python = [sys.executable, "-m", "bench", "sweep", self.suite, "--cluster", "slurm"]
         return [*python, "--profile", str(self.folder / "profile.yaml"), "--runs", str(self.runs), *options]
 
-    def start(self, *options: str, **environment: str) -> "subprocess.Popen[str]":
-        """`tsbench sweep` as a process: to be waited for, or killed."""
-        process = subprocess.Popen(
-            self.command(*options),
-            cwd=self.folder,
-            env=self.cluster.environment | environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self.started.append(process)
-        return process
-
-    def fork(self, *options: str, **environment: str) -> BaseProcess:
-        """The same in a process that has loaded Python's modules before; its output is lost."""
+    def start(self, *options: str, **environment: str) -> BaseProcess:
+        """`tsbench sweep` as a process, which has loaded its modules already: to be waited for, or killed."""
         settings = self.cluster.environment | environment
         process = start_command(*self.command(*options)[3:], environment=settings, folder=self.folder)
-        self.forked.append(process)
+        self.started.append(process)
         return process
 
     def leave(self) -> None:
         """End the processes and jobs that are left, as they may be when a test fails."""
         for process in self.started:
             process.kill()
-            process.communicate()
-        for forked in self.forked:
-            forked.kill()
-            forked.join()
+            process.join()
         if jobs := self.cluster.run("squeue", "--noheader", "--format=%A").split():
             self.cluster.run("scancel", *sorted(set(jobs)))
         wait_until(self.queue_is_empty, "the queue is empty after a test", 60)

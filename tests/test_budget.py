@@ -126,6 +126,7 @@ def test_seconds_that_a_crash_undid_are_counted_apart(clock, tmp_path):
 
 def test_seconds_are_summed_over_devices(clock, monkeypatch):
     monkeypatch.setattr(trainer, "Agreement", lambda world: Agreement(World()))  # who asks to stop
+
     class Alone(World):  # two ranks' arithmetic in one process
         def sum(self, tensor):
             return tensor

@@ -203,8 +203,7 @@ def test_preemption_that_cancels_is_submitted_again(tiny_suite: TinySuite) -> No
         tiny_suite.wait_for_images(2 * BEGUN)
         with preempting(tiny_suite.cluster):
             wait_until(lambda: tiny_suite.job_states()[:2] == ["PREEMPTED"] * 2, "a second preemption", PATIENCE_SECONDS)
-        out, err = waiting.communicate(timeout=PATIENCE_SECONDS)
-    assert waiting.returncode == 0, out + err
+        assert exit_codes_of([waiting], PATIENCE_SECONDS) == [0]
     attempts = assert_ended(tiny_suite, "PREEMPTED", "PREEMPTED", "COMPLETED")
     assert len({attempt.job for attempt in attempts}) == 3
     tiny_suite.assert_one_at_a_time()

@@ -92,7 +92,7 @@ def test_the_controller_restarts_while_a_sweep_waits(tiny_suite: TinySuite) -> N
     """The run comes to its end meanwhile, and the sweep asks a controller that is not there."""
     tiny_suite.write(REMIX, **MIDDLE)
     asking = stand_in(tiny_suite.folder, "scontrol", 'echo "$1" >> {folder}/asked; exec {real} "$@"')
-    waiting = tiny_suite.fork("--wait", **asking)
+    waiting = tiny_suite.start("--wait", **asking)
     tiny_suite.wait_for_images(BEGUN)
     asked = tiny_suite.folder / "asked"
     with without(tiny_suite.cluster, "slurmctld"):
@@ -113,7 +113,7 @@ def test_the_controller_is_down_when_a_sweep_submits_again(tiny_suite: TinySuite
 [ $(wc -l < {folder}/calls) -ne 2 ] || while [ ! -e {folder}/down ]; do sleep 0.1; done
 {real} "$@"; code=$?; echo $code >> {folder}/codes; exit $code
 """
-    waiting = tiny_suite.fork("--wait", **stand_in(tiny_suite.folder, "sbatch", script))
+    waiting = tiny_suite.start("--wait", **stand_in(tiny_suite.folder, "sbatch", script))
     tiny_suite.wait_for_images(BEGUN)
     kill(tiny_suite)
     wait_until(lambda: lines_of(tiny_suite, "calls") == 2, "the sweep submits again", PATIENCE_SECONDS)

