@@ -77,8 +77,9 @@ def test_too_little_memory_is_told_and_not_tried_again_unasked(tiny_suite: TinyS
     tiny_suite.write_profile(memory_gb=0.2)
     tiny_suite.sweep()
     tiny_suite.wait_for("failed")
-    status = tiny_suite.status()
-    assert status.kind == "memory" and " of 205 MB): raise memory_gb in the profile" in status.detail
+    assert tiny_suite.status().kind == "memory"
+    told = " of 205 MB): raise memory_gb in the profile"  # the accounting may have the figures later than the end
+    wait_until(lambda: told in tiny_suite.status().detail, "the figures", PATIENCE_SECONDS)
     tiny_suite.write_profile()
     tiny_suite.sweep()
     assert tiny_suite.queue_is_empty() and len(tiny_suite.attempts()) == 1
