@@ -53,10 +53,11 @@ class Task:
         except Held as error:  # no failure of the run's: it goes on elsewhere
             print(error)
             return "held by another"
-        if is_main and not is_being_ended(environment.raw_job_id):
+        job = environment.job_id  # 12_3: by its plain number an array's last element is the array, all of which would restart
+        if is_main and not is_being_ended(job):
             if time.monotonic() - started < self.limit_seconds:
                 self.note_preemption()
-            queue.requeue(environment.raw_job_id)
+            queue.requeue(job)
         return "stopped"
 
     def note_preemption(self) -> None:

@@ -19,7 +19,8 @@ class Job:
     """What stands in for submitit's environment: the first rank of a job."""
 
     global_rank = 0
-    raw_job_id = "77"
+    job_id = "12_3"
+    raw_job_id = "12"  # the array's, too
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def test_what_came_to_its_end_is_not_queued_again(requeued: list[str], tmp_path:
 
 
 def test_what_was_stopped_is(requeued: list[str], tmp_path: Path) -> None:
-    assert task_of(tmp_path)() == "stopped" and requeued == ["77"]
+    assert task_of(tmp_path)() == "stopped" and requeued == ["12_3"]
 
 
 def test_a_warning_long_before_the_time_limit_is_a_preemption_until_the_next_start(requeued: list[str], tmp_path: Path) -> None:
@@ -63,13 +64,13 @@ def test_a_warning_long_before_the_time_limit_is_a_preemption_until_the_next_sta
     assert task_of(tmp_path, limit_seconds=3600)() == "stopped" and was_preempted(tmp_path)
     assert read_json(tmp_path / task.RESTARTS, dict)["count"] == 1  # the note has kept what was counted
     assert task_of(tmp_path, ended)() == "done" and not was_preempted(tmp_path)
-    assert requeued == ["77", "77"]
+    assert requeued == ["12_3", "12_3"]
 
 
 def test_a_job_that_is_cancelled_or_requeued_by_slurm_does_not_ask(
     requeued: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(queue, "job_is_being_ended", lambda job, patience_seconds: job == "77" and patience_seconds <= 10)
+    monkeypatch.setattr(queue, "job_is_being_ended", lambda job, patience_seconds: job == "12_3" and patience_seconds <= 10)
     assert task_of(tmp_path)() == "stopped" and not requeued
 
 
@@ -92,7 +93,7 @@ def test_a_signal_does_nothing_but_set_a_flag(number: int, requeued: list[str], 
         return False
 
     assert task_of(tmp_path, train)() == "stopped"
-    assert seen == [False, True] and requeued == ["77"]
+    assert seen == [False, True] and requeued == ["12_3"]
 
 
 def test_a_cluster_that_does_not_answer_is_asked_to_queue_again_and_takes_no_lease_away(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,9 +102,9 @@ def test_a_cluster_that_does_not_answer_is_asked_to_queue_again_and_takes_no_lea
 
     monkeypatch.setattr(queue, "job_is_being_ended", unreachable)
     monkeypatch.setattr(queue, "live_jobs", unreachable)
-    assert not is_being_ended("77") and not has_left_the_queue("77")
-    monkeypatch.setattr(queue, "live_jobs", lambda patience_seconds: {"77": None})
-    assert not has_left_the_queue("77") and has_left_the_queue("78")
+    assert not is_being_ended("12_3") and not has_left_the_queue("12_3")
+    monkeypatch.setattr(queue, "live_jobs", lambda patience_seconds: {"12_3": None})
+    assert not has_left_the_queue("12_3") and has_left_the_queue("78")
 
 
 def test_a_job_is_not_started_for_ever(tmp_path: Path) -> None:
