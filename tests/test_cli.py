@@ -49,11 +49,12 @@ def test_without_a_command_help_is_shown() -> None:
     [
         (["trian"], ("invalid choice: 'trian'", "demo", "train")),
         (["train", "--lr=3"], ("--lr=3 is not understood", "key=value")),
-        (["collect", "here", "seed=1"], ("seed=1 is not understood",)),
+        (["collect", "here", "seed=1"], ("neither a suite nor a folder 'here'",)),
         (["sample", "run"], ("--out",)),
         (["demo", "--workers", "many"], ("--workers", "'many'")),
         (["demo", "--workers", "0"], ("--workers is 0", "at least 1")),
         (["tables"], ("FOLDER",)),
+        (["tables", "demo", "--allow", "all"], ("--allow names all", "protocols, incomplete")),
     ],
     ids=str,
 )
