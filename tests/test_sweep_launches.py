@@ -159,7 +159,8 @@ def test_code_that_is_edited_while_a_job_waits(tiny_suite: TinySuite) -> None:
     assert "bench/learning_rate.py" in stale["detail"]
     run_from(checkout, tiny_suite, *tiny_suite.command())
     assert tiny_suite.queue_is_empty()
-    run_from(checkout, tiny_suite, *tiny_suite.command("--only", "stale", "--wait"))
+    run_from(checkout, tiny_suite, *tiny_suite.command("--only", "stale"))
+    wait_until((folder / "done").exists, "the run is over", PATIENCE_SECONDS)
     assert [status["state"] for status in look_from(checkout, tiny_suite)] == ["done"]
     (aside,) = (tiny_suite.runs / "set_aside").iterdir()
     assert_same_bytes(aside, *tiny_suite.undisturbed())
