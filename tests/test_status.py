@@ -137,7 +137,8 @@ def test_cancel_ends_the_processes_of_this_machine_which_save(tmp_path: Path) ->
             time.sleep(0.1)
         (folder,) = folders(runs)
         status = tsbench("status", suite, "--runs", runs)
-        assert status.out.startswith("1 running") and re.search(r" running +\d+% +(\d+ h \d+|< 1|\d+) min", row_of(status, folder))
+        assert status.out.startswith("1 running")
+        assert re.search(r" running +\d+% +(\d+ h \d+|< 1|\d+) min", row_of(status, folder))
         assert "1 of 1 runs: running" in sweep(suite, runs).out
         assert tsbench("cancel", folder.name, "--runs", runs).out == "cancelled 0 jobs, ended 1 process on this machine\n"
         _, err = process.communicate(timeout=60)
