@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command import tsbench
 from slurm_cluster import stand_in, wait_until
 from sweeping import MIDDLE, PATIENCE_SECONDS, REMIX, TinySuite, assert_nothing_half_written, assert_same_bytes, sessions
 from training import exit_codes_of, start_command
@@ -105,6 +106,8 @@ def test_two_launches_at_once_submit_each_run_once(tiny_suite: TinySuite) -> Non
         assert exit_codes_of(both, PATIENCE_SECONDS) == [0, 0]
         claims = [read_json(folder / "job.json", dict)["job"] for folder in tiny_suite.run_folders()]
         assert jobs_submitted(tiny_suite) == sorted(claims) and len(set(claims)) == num_seeds
+    here = tsbench("sweep", tiny_suite.suite, "--cluster", "local", "--runs", tiny_suite.runs)
+    assert here.code == 1 and "4 of 4 runs: queued" in here.out
     tiny_suite.cluster.run("scontrol", "release", *claims)
     assert_each_trained_once(tiny_suite)
 
@@ -123,6 +126,8 @@ def test_beside_a_process_on_this_machine(tiny_suite: TinySuite) -> None:
     tiny_suite.cluster.run("scontrol", "release", *jobs)
     wait_until(tiny_suite.queue_is_empty, "the jobs are over", PATIENCE_SECONDS)
     assert tiny_suite.states() == ["running", "running"]
+    tiny_suite.sweep()
+    assert jobs_submitted(tiny_suite) == jobs
     assert [lease.read(folder).pid for folder in (first, second)] == [process.pid for process in here]
     os.kill(here[0].pid, signal.SIGCONT)
     here[1].kill()
