@@ -17,6 +17,9 @@ SIGNALS_OF_OTHERS = (signal.SIGKILL, signal.SIGTERM)
 TOO_MUCH_MEMORY = re.compile(r"^slurmstepd\S*: error:.*(exceeded.* memory limit|oom.kill)", re.IGNORECASE | re.MULTILINE)
 TASK_KILLED = re.compile(r"^srun: error: .*task.*: Killed", re.MULTILINE)
 OF_SLURM = re.compile(r"^(srun|slurmstepd\S*|slurmd\S*): ")
+OF_RANK = re.compile(r"^\[rank\d+\]: ", re.MULTILINE)  # torch's mark on a traceback's lines
+# What a rank says when another one is gone (gloo has no exception of its own, nccl a DistBackendError) or has failed.
+OF_ANOTHER_RANK = re.compile(r"(\S+: )?(\[\S*gloo/|rank \d+ stops because another of )|(\w+\.)*Dist\w*Error: ")
 LONGEST = 300  # characters of what the code said
 
 
@@ -98,10 +101,15 @@ def _sizes(ended: EndedJob) -> str:
 
 def last_words(stderr_tail: str) -> str:
     """The line of the last exception, or the last line that is not Slurm's; "" if there is none."""
-    _, traceback, after = stderr_tail.rpartition("Traceback (most recent call last):\n")
+    _, traceback, after = OF_RANK.sub("", stderr_tail).rpartition("Traceback (most recent call last):\n")
     lines = [line for line in (after if traceback else stderr_tail).splitlines() if line.strip() and not OF_SLURM.match(line)]
     raised = next((line for line in lines if not line.startswith(" ")), "") if traceback else ""
     return (raised or (lines[-1] if lines else "")).strip()[:LONGEST]
+
+
+def is_of_another_rank(said: str) -> bool:
+    """Whether an exception says only that another rank of the job has failed or was ended."""
+    return OF_ANOTHER_RANK.match(said) is not None
 
 
 def _signal(number: int) -> str:

@@ -8,7 +8,6 @@ so, is the lease's doing (`bench.lease`), which the job takes itself.
 
 import fcntl
 import os
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,9 +15,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from bench.files import make_folder, read_json, write_json_atomically
+from bench.lease import this_machine
 
 FILE = "job.json"
-LAUNCH_SECONDS = 600.0  # a launcher on another host that has not noted a job by then is dead
+LAUNCH_SECONDS = 600.0  # a launcher that cannot be seen from here, and has not noted a job by then, is dead
 
 
 @dataclass(frozen=True)
@@ -46,19 +46,16 @@ class Claim:
     job: str = ""  # "12_3" or "12", once the cluster has it
     logs: str = ""  # folder of the job's output
     snapshot: str = ""  # folder of the code that it runs
+    boot_id: str = ""  # of the launcher's kernel: with `host`, which machine it is
+    launcher_started: int | None = None  # as `started_at` has it: a process id alone may be another's by now
 
     @property
     def launcher_is_alive(self) -> bool:
-        """As far as can be told from here."""
-        if self.host != socket.gethostname():
+        """As far as can be told from here: one that cannot be seen counts as alive for a while."""
+        started = started_at(self.pid) if (self.host, self.boot_id) == this_machine() else None
+        if started is None or self.launcher_started is None:
             return time.time() - self.claimed < LAUNCH_SECONDS
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:  # another user's: it lives
-            return True
-        return True
+        return started == self.launcher_started
 
     def job_in(self, names: Mapping[str, str]) -> str:
         """The job: as noted or, where the launcher did not come to that, as found in the queue (job id -> name); or ''."""
@@ -68,6 +65,21 @@ class Claim:
         exact = [job for job in array if job.partition("_")[2] == str(self.index)]
         alone = [job for job in array if "_" not in job and self.index == 0]
         return (exact or alone or [""])[0]
+
+
+def started_at(pid: int) -> int | None:
+    """When a process of this machine started, in clock ticks since the machine did; 0 if there is none, None if it is hidden."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return 0
+    except PermissionError:  # another user's, whose /proc may be closed to us
+        pass
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # the name may hold anything
+    except OSError:
+        return None
+    return 0 if state == "Z" else int(fields[18])  # dead, but nobody has asked how it ended; proc(5): field 22
 
 
 def read_claim(work: Work) -> Claim | None:
@@ -96,11 +108,17 @@ def take(works: list[Work], token: str, live_names: Callable[[], Mapping[str, st
     for work, claim in before.items():
         with _only_one(work):
             if read_claim(work) == claim and (claim is None or not is_in_hand(claim, names)):
-                host, pid, now = socket.gethostname(), os.getpid(), time.time()
-                own = Claim(token, len(ours), host, pid, now, logs=str(logs), snapshot=str(snapshot))
+                own = _own_claim(token, len(ours), logs, snapshot)
                 write_json_atomically(work.folder / FILE, asdict(own))
                 ours.append(work)
     return ours
+
+
+def _own_claim(token: str, index: int, logs: Path, snapshot: Path) -> Claim:
+    host, boot_id = this_machine()
+    pid = os.getpid()
+    started = started_at(pid)
+    return Claim(token, index, host, pid, time.time(), "", str(logs), str(snapshot), boot_id, started)
 
 
 def orphan(work: Work, names: Mapping[str, str]) -> Claim | None:

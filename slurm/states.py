@@ -19,6 +19,7 @@ from bench import lease
 from bench.files import read_json
 from bench.runs import SPENT, Run, expert_folders
 from slurm import queue
+from slurm.cause import is_of_another_rank, last_words
 from slurm.claims import Work, read_claim
 from slurm.submit import output_of
 from slurm.task import was_preempted
@@ -164,9 +165,9 @@ def work_status(work: Work, known: Known) -> Status:
 
 
 def failure_in(folder: Path) -> Status | None:
-    """What the code itself has left as the cause."""
+    """What the code itself has left as the cause; what tells only of another rank's end is none: the job's end tells more."""
     failure = read_json(folder / "failure.json", dict)
-    if not failure:
+    if not failure or is_of_another_rank(str(failure["cause"])):
         return None
     kind = "diverged" if failure["state"] == "diverged" else "code"
     return Status(str(failure["state"]), str(failure["cause"]), kind=kind)
@@ -194,9 +195,10 @@ def _after(job: str, logs: str, known: Known) -> Status:
 
 
 def _last_words(job: str, logs: str) -> str:
-    """The end of what the job wrote as errors: for the wording of a cause alone."""
-    files = output_of(job, logs) if logs else []
-    return files[-1].read_text(errors="replace")[-8000:] if files else ""
+    """The end of what each rank wrote as errors, for the wording of a cause alone; that of the rank that failed first last."""
+    files = [path for path in output_of(job, logs) if path.suffix == ".err"] if logs else []
+    texts = [path.read_text(errors="replace")[-8000:] for path in files]
+    return "\n".join(sorted(texts, key=lambda text: not is_of_another_rank(last_words(text))))
 
 
 def fraction_of(folder: Path, budget: Mapping[str, Any]) -> float:

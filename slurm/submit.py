@@ -1,10 +1,11 @@
 """How does work get into the queue of a cluster? As arrays of jobs through submitit, each piece of work once."""
 
 import io
+import itertools
 import os
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import redirect_stderr
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from slurm.task import Task, Train
 # A warning that comes while Python still loads would end it: ignored until the task listens (env --ignore-signal is too new).
 DEAF_WHILE_LOADING = """bash -c 'trap "" USR2; exec "$@"' bash"""
 SLACK_SECONDS = 60.0  # Slurm may warn of a time limit so much earlier than it was asked to
+NO_MORE_THAN = 3  # runs that are named
 REQUEUES_OF_SUBMITIT = 1_000_000  # the task counts its own starts, those without progress
 
 
@@ -54,27 +56,50 @@ def submit(works: list[Work], train: Train, profile: Profile, snapshot: Path, lo
     """Put into the queue what is in nobody's hands; work -> job.
 
     ValueError in one sentence if the cluster refuses, ClusterUnreachable if it does not answer: what it took before stays,
-    and nothing of the rest is left behind.
+    and is named in the sentence; nothing of the rest is left behind.
     """
     make_folder(logs)
     jobs: dict[Work, str] = {}
     elements = min(profile.max_array_elements, queue.max_array_size() or profile.max_array_elements)
     for chunk in _chunks(works, elements):
-        token = f"tsbench-{uuid.uuid4().hex[:12]}"
-        ours = take(chunk, token, queue.live_names, logs, snapshot)
-        if not ours:
-            continue
         if jobs:
             time.sleep(profile.submit_every_seconds)
         try:
-            submitted = _submit_one(ours, train, profile, snapshot, logs, token)
-        except (ValueError, queue.ClusterUnreachable):
-            for work in ours:
-                give_up(work, token)
-            raise
-        for work, job in zip(ours, submitted, strict=True):
-            note_job(work, token, job)
-            jobs[work] = job
+            jobs |= _submit_chunk(chunk, train, profile, snapshot, logs)
+        except ValueError as error:
+            raise ValueError(f"{error}{_submitted_before(jobs)}") from None
+        except queue.ClusterUnreachable as error:
+            raise queue.ClusterUnreachable(f"{error}{_submitted_before(jobs)}") from None
+    return jobs
+
+
+def _submitted_before(jobs: Mapping[Work, str]) -> str:
+    """What to say, after an error, of the arrays that the cluster took; "" if there are none."""
+    if not jobs:
+        return ""
+    arrays = ", ".join(dict.fromkeys(job.partition("_")[0] for job in jobs.values()))
+    names = [work.name for work in jobs]
+    more = f" and {len(names) - NO_MORE_THAN} more" if len(names) > NO_MORE_THAN else ""
+    return (
+        f"; submitted before that, and not undone: job {arrays} ({', '.join(names[:NO_MORE_THAN])}{more}); "
+        "the same sweep again submits only the rest"
+    )
+
+
+def _submit_chunk(chunk: list[Work], train: Train, profile: Profile, snapshot: Path, logs: Path) -> dict[Work, str]:
+    """As one array, what of it is in nobody's hands."""
+    token = f"tsbench-{uuid.uuid4().hex[:12]}"
+    ours = take(chunk, token, queue.live_names, logs, snapshot)
+    if not ours:
+        return {}
+    try:
+        jobs = dict(zip(ours, _submit_one(ours, train, profile, snapshot, logs, token), strict=True))
+    except (ValueError, queue.ClusterUnreachable):
+        for work in ours:
+            give_up(work, token)
+        raise
+    for work, job in jobs.items():
+        note_job(work, token, job)
     return jobs
 
 
@@ -115,9 +140,11 @@ def _task(train: Train, work: Work, profile: Profile) -> Task:
 
 
 def output_of(job: str, logs: str) -> list[Path]:
-    """Files that the job's first task has written, its errors last."""
-    paths = JobPaths(logs, job_id=job)
-    return [path for path in (paths.stdout, paths.stderr) if path.exists()]
+    """Files that the job's ranks have written, by rank; their errors last."""
+    all_ranks = (JobPaths(logs, job_id=job, task_id=rank) for rank in itertools.count())
+    ranks = list(itertools.takewhile(lambda paths: paths.stdout.exists() or paths.stderr.exists(), all_ranks))
+    files = [*(paths.stdout for paths in ranks), *(paths.stderr for paths in ranks)]
+    return [path for path in files if path.exists()]
 
 
 def _chunks(works: list[Work], size: int) -> Iterator[list[Work]]:

@@ -100,7 +100,7 @@ def is_being_ended(job: str) -> bool:
 
 def how_far(folder: Path) -> str:
     """A word for what the folder holds that was hard to make: it changes when a run makes progress."""
-    checkpoints = sorted(path.stem for path in folder.glob("checkpoints/step-*.safetensors"))
+    checkpoints = sorted(path.stem for path in folder.glob("checkpoints/step-*.s*"))  # .safetensors, .sharded
     num_curve, num_parts = len(read_json(folder / "curve.json", list)), len(list(folder.glob("parts/*/*.safetensors")))
     made = {"curve": num_curve, "samples": num_parts, "scores": len(read_json(folder / "eval.json", list))}
     return " ".join([*checkpoints[-1:], *(f"{what}-{count}" for what, count in made.items() if count)])

@@ -53,6 +53,8 @@ MIDDLE = {
     "system": {"checkpoint_every": 50},
 }
 """500 steps: three or four seconds of training. For `write`."""
+QUICK = {"heldout": {"points": 2}, "evaluation": {"curve_every": 0}}
+"""BASE without its curves: nothing has to happen while it trains. For `write`."""
 SIX = (
     {"method": "dense"},
     {"method": "multi_expert", "options": {"experts": 3}},
@@ -182,6 +184,11 @@ class TinySuite:
 
     def job_states(self) -> list[str]:
         return [attempt.state for attempt in self.attempts()]
+
+    def assert_ended(self, *states: str) -> list[Attempt]:
+        """The accounting, which may lag behind, has these attempts in the end; they are returned."""
+        wait_until(lambda: self.job_states() == [*states], f"attempts {states}", PATIENCE_SECONDS)
+        return self.attempts()
 
     def queue_is_empty(self) -> bool:
         return not self.cluster.run("squeue", "--noheader").strip()

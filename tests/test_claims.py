@@ -2,7 +2,8 @@
 
 import json
 import os
-import socket
+import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -12,12 +13,14 @@ import pytest
 from training import PROCESSES
 
 from bench.files import write_json_atomically
+from bench.lease import this_machine
 from slurm import claims
-from slurm.claims import LAUNCH_SECONDS, Claim, Work, give_up, is_in_hand, note_job, orphan, read_claim, take
+from slurm.claims import LAUNCH_SECONDS, Claim, Work, give_up, is_in_hand, note_job, orphan, read_claim, started_at, take
 
 NUM_LAUNCHERS, NUM_WORKS = 6, 12
 NOBODY = 2**22 + 1  # no process has this id: it is above the kernel's limit
-HERE = socket.gethostname()
+HERE, BOOT = this_machine()
+US = {"pid": os.getpid(), "launcher_started": started_at(os.getpid())}
 
 
 def work_in(folder: Path, name: str = "run", expert: int | None = None) -> Work:
@@ -27,7 +30,8 @@ def work_in(folder: Path, name: str = "run", expert: int | None = None) -> Work:
 
 def claimed(work: Work, **changes: object) -> Claim:
     """By a launcher that has died, unless the changes say otherwise."""
-    claim = replace(Claim("tsbench-1", 0, HERE, NOBODY, time.time()), **changes)  # type: ignore[arg-type]
+    by = Claim("tsbench-1", 0, HERE, NOBODY, time.time(), boot_id=BOOT, launcher_started=12345)
+    claim = replace(by, **changes)  # type: ignore[arg-type]
     work.folder.mkdir(parents=True, exist_ok=True)
     write_json_atomically(work.folder / "job.json", asdict(claim))
     return claim
@@ -99,31 +103,54 @@ def test_what_another_launcher_submits_while_we_ask_the_queue_is_its_own(tmp_pat
     assert take_all([work], "ours", {}) == [work]
 
 
+LONG_AGO = {"claimed": time.time() - 2 * LAUNCH_SECONDS}
+
+
 @pytest.mark.parametrize(
-    ("is_here", "is_us", "age", "lives"),
+    ("launcher", "lives"),
     [
-        (True, True, 10 * LAUNCH_SECONDS, True),
-        (True, False, 0.0, False),
-        (False, False, LAUNCH_SECONDS / 2, True),  # cannot be told from here
-        (False, False, 2 * LAUNCH_SECONDS, False),
+        (US, True),
+        ({**US, **LONG_AGO}, True),
+        ({}, False),
+        ({"pid": os.getpid()}, False),  # its id is another process's by now
+        ({"host": "login2"}, True),  # cannot be told from here
+        ({"host": "login2", **LONG_AGO}, False),
+        ({**US, "boot_id": "another"}, True),  # a machine of the same name, or this one before it was restarted
+        ({**US, "boot_id": "another", **LONG_AGO}, False),
+        ({**US, "launcher_started": None}, True),
+        ({**US, "launcher_started": None, **LONG_AGO}, False),
     ],
 )
 def test_a_launcher_that_died_before_it_submitted_blocks_nothing(
-    is_here: bool, is_us: bool, age: float, lives: bool, tmp_path: Path
+    launcher: dict[str, object], lives: bool, tmp_path: Path
 ) -> None:
     work = work_in(tmp_path)
-    host, pid = HERE if is_here else "login2", os.getpid() if is_us else NOBODY
-    claim = claimed(work, host=host, pid=pid, claimed=time.time() - age)
+    claim = claimed(work, **launcher)
     assert claim.launcher_is_alive == lives and is_in_hand(claim, {}) == lives
     assert take_all([work], "ours") == ([] if lives else [work])
 
 
-def test_the_process_of_another_user_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_when_processes_started() -> None:
+    """One that has ended is gone, also while nobody has asked how; an early one started before a late one."""
+    assert started_at(NOBODY) == 0
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert 0 < (started_at(os.getpid()) or 0) < (started_at(child.pid) or 0)
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it stays a zombie
+    assert started_at(child.pid) == 0
+    child.communicate()
+
+
+def test_the_process_of_another_user_lives_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless /proc tells more of it."""
+
     def refuse(pid: int, number: int) -> None:
         raise PermissionError
 
     monkeypatch.setattr(claims.os, "kill", refuse)
     assert claimed(work_in(tmp_path)).launcher_is_alive
+    assert not claimed(work_in(tmp_path), **LONG_AGO).launcher_is_alive
+    assert not claimed(work_in(tmp_path), pid=os.getpid()).launcher_is_alive
 
 
 QUEUE = {"12_0": "tsbench-1", "12_3": "tsbench-1", "12_13": "tsbench-1", "14": "tsbench-2", "15_1": "another"}
@@ -148,7 +175,7 @@ def test_the_job_of_a_launcher_that_died_after_it_submitted_is_adopted(token: st
 
 def test_a_living_launcher_notes_its_own_jobs(tmp_path: Path) -> None:
     work = work_in(tmp_path)
-    claimed(work, index=3, pid=os.getpid())
+    claimed(work, index=3, **US)
     assert orphan(work, QUEUE) is None and orphan(work_in(tmp_path, "no claim"), QUEUE) is None
 
 

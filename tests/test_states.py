@@ -14,12 +14,13 @@ from bench.files import write_json_atomically
 from bench.runs import Run, expert_folder
 from slurm import queue, states
 from slurm.accounting import EndedJob
-from slurm.claims import Claim, Work
+from slurm.claims import Claim, Work, started_at
 from slurm.queue import LiveJob
 from slurm.states import Known, Status, ask_cluster, status_of
 
 BUDGET = {"unit": "images", "amount": 1000}
 JOB = "12_3"
+TRACEBACK = "Traceback (most recent call last):"
 ENDED = EndedJob(JOB, "tsbench-1", "FAILED", None, 1, 0, "n1", 100.0, 160.0, 60.0, 20, 10**9)
 HELD = {"host": "elsewhere", "boot_id": "b", "node": "n9", "pid": 7, "cluster": "", "job": "", "num_restarts": 0, "flock": False}
 
@@ -117,10 +118,38 @@ def test_what_the_run_says_itself_counts_more_than_how_its_job_ended(state: str,
     assert status(folder, Known(live("RUNNING"), {})).state == "running"  # it is being tried again
 
 
+GLOO = "[/x/gloo/gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:55521: Connection reset by peer."
+STOPS = "rank 0 stops because another of the 4 ranks failed: see its message"
+
+
+@pytest.mark.parametrize(
+    ("cause", "raised"),
+    [
+        (f"RuntimeError: {GLOO}", f"RuntimeError: {GLOO}"),
+        ("DistBackendError: NCCL error in: x.cpp", "torch.distributed.DistBackendError: NCCL error in: x.cpp"),
+        (STOPS, f"ValueError: {STOPS}"),
+    ],
+    ids=["gloo", "nccl", "together"],
+)
+def test_what_tells_only_of_another_rank_is_no_cause(cause: str, raised: str, folder: Path) -> None:
+    """Then how the job ended tells more, and what the rank that failed first has written, whichever it is."""
+    write_json_atomically(folder / "failure.json", {"state": "failed", "cause": cause})
+    assert status(folder, Known({}, ended("NODE_FAIL"))).kind == "node lost"
+    assert status(folder, Known({}, ended("FAILED", exit_code=0, signal=9))).kind == "killed"
+    errors = {rank: [f"[rank{rank}]: {line}" for line in (TRACEBACK, "  File x", raised)] for rank in (0, 1, 3)}
+    errors[2] = ["[rank2]: " + TRACEBACK, "[rank2]:   File y", "[rank2]: bench.Damaged: no such image"]
+    for rank, lines in errors.items():
+        (folder / f"12_3_{rank}_log.err").write_text("\n".join(lines) + "\n")
+    told = status(folder, Known({}, ended("FAILED")))
+    assert told.kind == "code" and told.detail == "job 12_3 failed with exit code 1: bench.Damaged: no such image"
+
+
 def test_a_job_that_is_being_submitted_and_one_whose_launcher_died(folder: Path) -> None:
-    claim(folder, job="", host=os.uname().nodename)
+    host, boot_id = lease.this_machine()
+    here = {"job": "", "host": host, "boot_id": boot_id, "launcher_started": started_at(os.getpid())}
+    claim(folder, **here)
     assert status(folder) == Status("queued", "being submitted")
-    claim(folder, job="", host=os.uname().nodename, pid=2**22 + 1)
+    claim(folder, **here, pid=2**22 + 1)
     assert status(folder) == Status("planned")
     assert status(folder, Known(live("PENDING"), {})) == Status("queued", "", jobs=(JOB,))  # it had come to submitting
     assert status(folder, Known(live("PENDING", name="another"), {})) == Status("planned")

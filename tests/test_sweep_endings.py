@@ -1,33 +1,20 @@
 """Does a sweep on a real cluster come to its end, however the cluster or someone ends its jobs?"""
 
 import os
-import shutil
 import signal
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-import torch
 from command import tsbench
-from same_runs import assert_nothing_half_written, assert_same_bytes, scores
+from same_runs import assert_nothing_half_written, assert_same_bytes
 from slurm_cluster import Cluster, wait_until
-from sweeping import (
-    LONG,
-    PATIENCE_SECONDS,
-    REMIX,
-    SIX,
-    Attempt,
-    TinySuite,
-    images_seen,
-    sessions,
-    tasks_of,
-)
-from training import exit_codes_of, saved, start_command
+from sweeping import LONG, PATIENCE_SECONDS, REMIX, SIX, Attempt, TinySuite, images_seen, sessions, tasks_of
+from training import exit_codes_of
 
-from bench import checkpoint, trained
-from bench.runs import expert_folder, read_run, read_samples
+from bench import checkpoint
+from bench.runs import expert_folder, read_run
 
 pytestmark = pytest.mark.slurm
 
@@ -46,12 +33,6 @@ def most_at_once(attempts: list[Attempt]) -> int:
     return most
 
 
-def assert_ended(suite: TinySuite, *states: str) -> list[Attempt]:
-    """The accounting, which may lag behind, has these attempts in the end; they are returned."""
-    wait_until(lambda: suite.job_states() == [*states], f"attempts {states}", PATIENCE_SECONDS)
-    return suite.attempts()
-
-
 @contextmanager
 def preempting(cluster: Cluster) -> Iterator[None]:
     """A job of the partition `high` wants all of n1, and has it until the block ends."""
@@ -68,7 +49,7 @@ def test_twelve_runs_as_one_array_with_a_limit(tiny_suite: TinySuite) -> None:
     tiny_suite.sweep()
     tiny_suite.undisturbed()  # beside them
     tiny_suite.wait_for("done")
-    attempts = assert_ended(tiny_suite, *["COMPLETED"] * 12)
+    attempts = tiny_suite.assert_ended(*["COMPLETED"] * 12)
     (array,) = {attempt.job.partition("_")[0] for attempt in attempts}
     assert sorted(attempt.job for attempt in attempts) == sorted(f"{array}_{index}" for index in range(12))
     assert most_at_once(attempts) == 4
@@ -76,51 +57,6 @@ def test_twelve_runs_as_one_array_with_a_limit(tiny_suite: TinySuite) -> None:
     tiny_suite.sweep()
     assert tiny_suite.queue_is_empty() and tiny_suite.attempts() == attempts
     tiny_suite.assert_as_undisturbed()
-
-
-def test_two_nodes_with_two_tasks_train_what_one_process_trains(tiny_suite: TinySuite) -> None:
-    tiny_suite.write(REMIX)
-    tiny_suite.write_profile(nodes=2, tasks_per_node=2, memory_gb=3)
-    tiny_suite.sweep()
-    tiny_suite.wait_for("done")
-    folder, (alone,) = tiny_suite.run_folder(), tiny_suite.undisturbed()
-    (attempt,) = assert_ended(tiny_suite, "COMPLETED")
-    assert attempt.ended - (folder / "done").stat().st_mtime < 10  # no rank waits for another that has left
-    (session,) = sessions(folder)
-    assert session["world_size"] == 4 and session["slurm"]["nodes"] == "n[1-2]"
-    assert_same_bytes(folder, trained_by_local_ranks(alone, tiny_suite.folder / "local", 4))
-    assert apart(saved(folder)[0], saved(alone)[0]) < 1e-3
-    samples, by_four = trained.draw_samples(folder, []), scores(folder)
-    assert (samples.images.permute(0, 2, 3, 1).numpy() == read_samples(folder)).all()
-    again = trained.evaluate_again(folder, [])
-    assert (again["metrics"], again["heldout_loss"]) == by_four[0][2:]
-
-
-def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """How far two trained networks are from each other, as a part of their size: the most of any tensor.
-
-    Left out: biases of attention, as those of keys have no gradient but rounding, which Adam blows up to whole steps.
-    """
-    assert one.keys() == other.keys()
-    names = [name for name in one if name.startswith("model.") and not name.endswith("qkv.bias")]
-    return max(float((one[name] - other[name]).norm() / other[name].norm()) for name in names)
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-def trained_by_local_ranks(like: Path, place: Path, size: int) -> Path:
-    """The same run, made by that many processes without Slurm; its folder."""
-    folder = place / like.name
-    folder.mkdir(parents=True)
-    shutil.copy(like / "config.yaml", folder)
-    meet = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [start_command("train", str(folder), environment={**meet, "RANK": str(rank)}) for rank in range(size)]
-    assert exit_codes_of(ranks, PATIENCE_SECONDS) == [0] * size
-    return folder
 
 
 def test_a_time_limit_interrupts_and_the_same_job_goes_on(tiny_suite: TinySuite) -> None:
@@ -132,14 +68,14 @@ def test_a_time_limit_interrupts_and_the_same_job_goes_on(tiny_suite: TinySuite)
     (name,) = tiny_suite.status().jobs
     (task,) = tasks_of(name)
     os.kill(task, signal.SIGSTOP)
-    tiny_suite.undisturbed()  # meanwhile
     wait_until(lambda: is_warned(task), f"job {name} is warned", 90)
     with suppress(ProcessLookupError):
         os.kill(task, signal.SIGCONT)
     status = tiny_suite.wait_for("queued")[tiny_suite.run_folder().name]
     assert status.jobs == (name,) and status.detail.endswith(f"goes on from {status.fraction:.0%}") and 0 < status.fraction < 1
+    tiny_suite.undisturbed()  # meanwhile
     tiny_suite.wait_for("done")
-    attempts = assert_ended(tiny_suite, "REQUEUED", "COMPLETED")
+    attempts = tiny_suite.assert_ended("REQUEUED", "COMPLETED")
     assert {attempt.job for attempt in attempts} == {name}
     assert [session["slurm"]["restart_count"] for session in sessions(tiny_suite.run_folder())] == [None, "1"]
     assert lost_images(tiny_suite) == 0
@@ -173,7 +109,7 @@ def test_preempted_it_goes_on_by_itself(partition: str, ending: str, tiny_suite:
         assert tiny_suite.status().jobs
         tiny_suite.sweep()  # changes nothing: the job will come back
     tiny_suite.wait_for("done")
-    first, second = assert_ended(tiny_suite, ending, "COMPLETED")
+    first, second = tiny_suite.assert_ended(ending, "COMPLETED")
     assert first.job == second.job
     assert lost_images(tiny_suite) == 0
     tiny_suite.assert_one_at_a_time()
@@ -204,7 +140,7 @@ def test_preemption_that_cancels_is_submitted_again(tiny_suite: TinySuite) -> No
         with preempting(tiny_suite.cluster):
             wait_until(lambda: tiny_suite.job_states()[:2] == ["PREEMPTED"] * 2, "a second preemption", PATIENCE_SECONDS)
         assert exit_codes_of([waiting], PATIENCE_SECONDS) == [0]
-    attempts = assert_ended(tiny_suite, "PREEMPTED", "PREEMPTED", "COMPLETED")
+    attempts = tiny_suite.assert_ended("PREEMPTED", "PREEMPTED", "COMPLETED")
     assert len({attempt.job for attempt in attempts}) == 3
     tiny_suite.assert_one_at_a_time()
     tiny_suite.assert_as_undisturbed()
@@ -222,7 +158,7 @@ def test_a_killed_task_is_a_failure_that_the_next_sweep_mends(tiny_suite: TinySu
     undone = images_seen(folder) - 8 * checkpoint.load_latest(folder / "checkpoints").counters["steps_done"]
     tiny_suite.sweep()
     tiny_suite.wait_for("done")
-    attempts = assert_ended(tiny_suite, "FAILED", "COMPLETED")
+    attempts = tiny_suite.assert_ended("FAILED", "COMPLETED")
     assert len({attempt.job for attempt in attempts}) == 2
     assert lost_images(tiny_suite) == undone
     tiny_suite.assert_one_at_a_time()
@@ -245,7 +181,7 @@ def test_experts_in_jobs_of_their_own(tiny_suite: TinySuite) -> None:
     assert [(place / "done").exists() for place in places] == [True, False, True] and not (folder / "done").exists()
     tiny_suite.sweep()
     tiny_suite.wait_for("done")
-    attempts = assert_ended(tiny_suite, "COMPLETED", "FAILED", "COMPLETED", "COMPLETED")
+    attempts = tiny_suite.assert_ended("COMPLETED", "FAILED", "COMPLETED", "COMPLETED")
     assert len({attempt.job for attempt in attempts}) == 4
     assert_same_bytes(folder, together)
     assert_nothing_half_written(folder)
@@ -269,10 +205,10 @@ def test_cancelled_by_run_and_by_suite(tiny_suite: TinySuite) -> None:
     assert_saved_at_its_last_step(second)
     assert tiny_suite.queue_is_empty()
     assert [status.kind for status in tiny_suite.statuses().values()] == ["cancelled"] * 2
-    assert_ended(tiny_suite, "CANCELLED", "CANCELLED")
+    tiny_suite.assert_ended("CANCELLED", "CANCELLED")
     tiny_suite.sweep()
     tiny_suite.wait_for("done")
-    assert_ended(tiny_suite, "CANCELLED", "CANCELLED", "COMPLETED", "COMPLETED")
+    tiny_suite.assert_ended("CANCELLED", "CANCELLED", "COMPLETED", "COMPLETED")
     tiny_suite.assert_one_at_a_time()
     tiny_suite.assert_as_undisturbed()
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from command import tsbench
 from slurm_cluster import stand_in, wait_until
-from sweeping import MIDDLE, PATIENCE_SECONDS, REMIX, TinySuite, assert_nothing_half_written, assert_same_bytes, sessions
+from sweeping import MIDDLE, PATIENCE_SECONDS, QUICK, REMIX, TinySuite, assert_nothing_half_written, assert_same_bytes, sessions
 from training import exit_codes_of, start_command
 
 from bench import lease
@@ -82,7 +82,7 @@ def test_a_refused_submission_leaves_nothing(tiny_suite: TinySuite) -> None:
 
 
 def test_of_two_arrays_the_second_is_refused(tiny_suite: TinySuite, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny_suite.write(REMIX, grid={"seed": [0, 1, 2]}, **MIDDLE)
+    tiny_suite.write(REMIX, grid={"seed": [0, 1, 2]}, **QUICK)
     tiny_suite.write_profile(max_array_elements=2)
     script = 'mkdir {folder}/once && exec {real} "$@"; exec {real} --gpus-per-node=9 "$@"'
     with monkeypatch.context() as patch:
@@ -90,7 +90,11 @@ def test_of_two_arrays_the_second_is_refused(tiny_suite: TinySuite, monkeypatch:
         said = tiny_suite.sweep(code=2)
     assert said.startswith("tsbench: the cluster refuses the job") and said.count("\n") == 1
     claims = [read_json(folder / "job.json", dict) for folder in tiny_suite.run_folders()]
-    assert [claim["job"] for claim in claims[:2]] == jobs_submitted(tiny_suite) and not claims[2]
+    jobs = [claim["job"] for claim in claims[:2]]
+    assert jobs == jobs_submitted(tiny_suite) and not claims[2]
+    names, array = ", ".join(folder.name for folder in tiny_suite.run_folders()[:2]), jobs[0].partition("_")[0]
+    told = f"; submitted before that, and not undone: job {array} ({names}); the same sweep again submits only the rest\n"
+    assert said.endswith(told)
     assert tiny_suite.states()[2] == "planned"
     tiny_suite.sweep()
     assert_each_trained_once(tiny_suite)
@@ -101,7 +105,7 @@ def test_two_launches_at_once_submit_each_run_once(tiny_suite: TinySuite) -> Non
     """Several rounds, each with runs of its own. The jobs are held, so that none is over before the other launch looks."""
     tiny_suite.write_profile(additional={"hold": True})
     for num_seeds in (1, 2, 4):
-        tiny_suite.write(REMIX, grid={"seed": list(range(num_seeds))}, **MIDDLE)
+        tiny_suite.write(REMIX, grid={"seed": list(range(num_seeds))}, **QUICK)
         both = [tiny_suite.start() for _ in range(2)]
         assert exit_codes_of(both, PATIENCE_SECONDS) == [0, 0]
         claims = [read_json(folder / "job.json", dict)["job"] for folder in tiny_suite.run_folders()]
@@ -142,7 +146,7 @@ def test_beside_a_process_on_this_machine(tiny_suite: TinySuite) -> None:
 
 def test_code_that_is_edited_while_a_job_waits(tiny_suite: TinySuite) -> None:
     """The job runs the code that it was submitted with; to the edited code its run is stale, and can start over."""
-    tiny_suite.write(REMIX, **MIDDLE)
+    tiny_suite.write(REMIX, **QUICK)
     tiny_suite.write_profile(additional={"hold": True})
     checkout = tiny_suite.folder / "checkout"
     for package in ("bench", "methods", "slurm"):
