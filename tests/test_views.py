@@ -113,3 +113,10 @@ def test_scores_on_the_way_do_not_change_the_comparison_at_the_end(runs: list[Ru
     without = comparison(tidy([read_run(run.path) for run in runs]), SUITE)
     for part, other in zip(with_curve.parts, without.parts, strict=False):
         assert [[c[:3] for c in row.cells] for row in part.rows] == [[c[:3] for c in row.cells] for row in other.rows]
+
+
+def test_a_run_that_has_only_begun_makes_no_budget_of_nothing(runs: list[Run]) -> None:
+    for name in ("done", "summary.json"):
+        (runs[1].path / name).unlink()
+    table = comparison(tidy([read_run(run.path) for run in runs]), SUITE, allow=["incomplete"])
+    assert not [part for part in table.parts if part.title.startswith("At equal")]

@@ -15,7 +15,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from bench.files import write_bytes_atomically
@@ -29,6 +29,7 @@ COLOURS = (
 LINES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (7, 2, 1, 2, 1, 2)), (0, (2, 2)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 SEQUENTIAL = "viridis"  # its lightness is monotone, so it can be read in grey
+LEGEND_LINE_INCHES = 0.195
 TIMESTEP = "timestep (0: almost no noise)"
 SETTINGS: dict[str, Any] = {
     "pdf.fonttype": 42,  # embed TrueType fonts, so that text stays text
@@ -129,15 +130,16 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def render(drawn: Drawn) -> dict[str, bytes]:
-    """File name -> content: PNG at 150 dpi, PDF with its fonts and, if any, the CSV of what is shown.
+def render(drawn: Drawn, pdf: bool = True) -> dict[str, bytes]:
+    """File name -> content: PNG at 150 dpi, unless not `pdf` a PDF with its fonts and, if any, the CSV of what is shown.
 
     The same figure gives the same bytes.
     """
     drawn.figure.draw_without_rendering()
     drawn.figure.set_layout_engine("none")  # the layout stays, and is not worked out again for each format
     files = {}
-    for suffix, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None, "Producer": None, "Creator": None})):
+    formats = {"png": {"Software": None}} | ({"pdf": {"CreationDate": None, "Producer": None, "Creator": None}} if pdf else {})
+    for suffix, metadata in formats.items():
         buffer = io.BytesIO()
         drawn.figure.savefig(buffer, format=suffix, dpi=150, metadata=metadata)
         files[f"{drawn.name}.{suffix}"] = buffer.getvalue()
@@ -207,10 +209,14 @@ def log_loss_axis(axes: Axes, label: str) -> None:
     axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if _leading(value) in named else ""))
 
 
-def legend_beside(figure: Figure | SubFigure, axes: Axes) -> None:
-    """One legend for the figure, to the right of everything."""
+def legend_beside(figure: Figure, axes: Axes) -> None:
+    """One legend for the figure, to the right of everything; with many labels the figure becomes as high as they are."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, [short_label(label) for label in labels], loc="outside right upper", handlelength=3.6)
+    shown = [short_label(label) for label in labels]
+    num_lines = sum(1 + label.count("\n") for label in shown)
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, max(height, LEGEND_LINE_INCHES * num_lines + 0.2))
+    figure.legend(handles, shown, loc="outside right upper", handlelength=3.6)
 
 
 def _leading(value: float) -> int:

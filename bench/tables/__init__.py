@@ -6,10 +6,10 @@ written; outputs.py which files that makes and whether they still follow; explai
 """
 
 from bench.tables.comparison import comparison, comparisons
-from bench.tables.explain import explain
+from bench.tables.explain import explain, origin
 from bench.tables.fairness import ALLOWABLE, TableRefusal, shared_protocol
 from bench.tables.formats import to_csv, to_latex, to_markdown, to_rich, to_text
-from bench.tables.html import to_html
+from bench.tables.html import part_to_html, to_html
 from bench.tables.outputs import check, table_files, write_tables
 from bench.tables.table import Cell, Part, Row, Table
 
@@ -24,6 +24,8 @@ __all__ = [
     "comparison",
     "comparisons",
     "explain",
+    "origin",
+    "part_to_html",
     "shared_protocol",
     "table_files",
     "to_csv",

@@ -7,7 +7,6 @@ from typing import Any
 import pandas as pd
 
 from bench.config import NOT_SCIENTIFIC
-from bench.runs import hash_of_settings
 from bench.settings import flat_settings
 from bench.tables.table import Cell, Part, Row, Table
 from bench.tidy import FLOOR, PLACES, Results
@@ -63,7 +62,7 @@ def _settings(row: Row, part: Part, results: Results) -> str:
     """The row's settings hash, and where its settings are not those of the other rows."""
     by_row = {each.label: _settings_of(each, results) for each in part.rows}
     own = by_row.pop(row.label)
-    own_hash = hash_of_settings(results.records[row.runs[0]]["config"])
+    own_hash = results.settings_hash(row.runs[0])
     lines = [f"settings {own_hash}, and what distinguishes them from those of other rows"]
     names = dict.fromkeys(name for settings in [own, *by_row.values()] for name in settings)
     for name in names:
@@ -83,6 +82,11 @@ def _settings_of(row: Row, results: Results) -> dict[str, Any]:
 
 
 def _origin(run: str, record: Mapping[str, Any], rows: pd.DataFrame) -> str:
+    return "\n".join([f"run {run}", *(f"  {name}: {text}" for name, text in origin(record, rows).items())])
+
+
+def origin(record: Mapping[str, Any], rows: pd.DataFrame) -> dict[str, str]:
+    """Which code, job, machine and libraries made a run, in words; `rows`: of the tidy frame, that run's."""
     known, provenance = rows.iloc[0], record["provenance"]
     state = {True: "with uncommitted changes", False: "clean", None: "unknown whether clean"}[provenance.get("dirty")]
     libraries = {"python": provenance.get("python"), **(provenance.get("libraries") or {})}
@@ -100,7 +104,7 @@ def _origin(run: str, record: Mapping[str, Any], rows: pd.DataFrame) -> str:
         "versions": ", ".join(f"{name} {version}" for name, version in libraries.items() if version),
         "started": ", ".join(session["started"] for session in provenance.get("sessions", [])) or known["started"],
     }
-    return "\n".join([f"run {run}", *(f"  {name}: {text}" for name, text in lines.items() if text)])
+    return {name: str(text) for name, text in lines.items() if text}
 
 
 def _protocols(rows: pd.DataFrame) -> str:

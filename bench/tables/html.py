@@ -22,6 +22,11 @@ def to_html(table: Table, frame: pd.DataFrame) -> str:
     return "\n".join(lines).encode("ascii", "xmlcharrefreplace").decode() + "\n"
 
 
+def part_to_html(part: Part, frame: pd.DataFrame) -> str:
+    """One of its `table`s; ASCII only."""
+    return "\n".join(_part(part, frame)).encode("ascii", "xmlcharrefreplace").decode()
+
+
 def _part(part: Part, frame: pd.DataFrame) -> list[str]:
     heads = [
         f'<th scope="col" data-metric="{escape(metric)}">{escape(heading)}</th>'

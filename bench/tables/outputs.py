@@ -8,13 +8,13 @@ import pandas as pd
 
 from bench import tidy
 from bench.files import make_folder, write_text_atomically
-from bench.runs import hash_of_settings
 from bench.tables.comparison import comparisons
 from bench.tables.formats import to_csv, to_latex, to_markdown
 from bench.tables.html import to_html
 from bench.tables.table import Table
 
 Figures = Callable[[Path], Mapping[str, bytes]]  # of a folder: file -> what it should hold
+PICTURES = (".png", ".pdf")
 
 
 def table_files(tables: Sequence[Table], frame: pd.DataFrame) -> dict[str, str]:
@@ -43,29 +43,41 @@ def check(
     protocol_hash: str = "",
     allow: Collection[str] = (),
     figures: Figures | None = None,
+    from_runs: tidy.Results | None = None,
 ) -> list[str]:
     """One line for each file in `folder` that does not follow from its `results.csv`; arguments as the tables were made with.
 
-    `figures` makes anew what figures show, from the same folder. ValueError or TableRefusal if the tables cannot be made at all.
+    `from_runs`: what the runs beside the results say, from which the results must follow. `figures` makes anew what figures
+    show, from the same folder. ValueError or TableRefusal if the tables cannot be made at all.
     """
     results = tidy.read(folder)
-    expected = {tidy.RESULTS: tidy.results_text(results.frame).encode()}
+    lines = _differences(folder, tidy.result_files(from_runs or results), "the runs" if from_runs else tidy.RESULTS)
     tables = comparisons(results.frame, suite, protocol_hash, allow)
-    expected |= {name: text.encode() for name, text in table_files(tables, results.frame).items()}
-    expected |= figures(folder) if figures else {}
-    found = [_difference(folder / name, content) for name, content in expected.items()]
-    return [line for line in found if line] + _strange_records(folder, results)
+    files = {name: text.encode() for name, text in table_files(tables, results.frame).items()}
+    lines += _differences(folder, files, tidy.RESULTS)
+    if figures:
+        lines += _differences(folder, figures(folder), "the runs")
+    return lines + _strange_records(folder, results)
 
 
-def _difference(path: Path, expected: bytes) -> str:
+def _differences(folder: Path, expected: Mapping[str, str | bytes], source: str) -> list[str]:
+    contents = {name: content.encode() if isinstance(content, str) else content for name, content in expected.items()}
+    return [line for name, content in contents.items() if (line := _difference(folder / name, content, source))]
+
+
+def _difference(path: Path, expected: bytes, source: str) -> str:
     if not path.is_file():
         return f"{path} is missing"
     content = path.read_bytes()
     if content == expected:
         return ""
+    if path.suffix in PICTURES:
+        return f"{path} does not follow from {source}"
     lines, should = content.splitlines(), expected.splitlines()
     number = next((i for i, (a, b) in enumerate(zip(lines, should, strict=False)) if a != b), min(len(lines), len(should))) + 1
-    return f"{path} does not follow from {tidy.RESULTS}: line {number} differs"
+    about = (should[number - 1 :] or lines[number - 1 :] or [b""])[0].decode(errors="replace").partition(",")[0]
+    whose = f" (run {about})" if path.name == tidy.RESULTS else ""
+    return f"{path} does not follow from {source}: line {number} differs{whose}"
 
 
 def _strange_records(folder: Path, results: tidy.Results) -> list[str]:
@@ -78,6 +90,6 @@ def _strange_records(folder: Path, results: tidy.Results) -> list[str]:
     lines = [f"{path} does not tell of run {run}" for run in sorted(hashes.keys() - records.keys())]
     lines += [f"{path} tells of run {run}, of which there are no results" for run in sorted(records.keys() - hashes.keys())]
     for run in sorted(hashes.keys() & records.keys()):
-        if hash_of_settings(records[run]["config"]) != hashes[run]:
+        if results.settings_hash(run) != hashes[run]:
             lines.append(f"{path} gives run {run} other settings than it was made with")
     return lines

@@ -36,8 +36,8 @@ def budget_views(columns: Sequence[Column], groups: Sequence[Group], on_the_way:
     views = []
     for unit, metric in BUDGET_METRICS.items():
         ends = [value for group in groups for value in group.values(metric)]
-        if len(ends) < sum(group.num_seeds for group in groups):
-            continue  # of a run that is not finished, nobody knows
+        if len(ends) < sum(group.num_seeds for group in groups) or not min(ends):
+            continue  # of a run that is not finished, nobody knows; one that has only begun has reached nothing
         budget = min(ends)
         reached = [_reached(group, on_the_way, unit, budget) for group in groups]
         style = si_style([budget])
