@@ -1,21 +1,27 @@
-"""What would a suite run, what does each run cost, and may they be compared? Nothing is written and nothing allocated."""
+"""What would a suite run, what does each run cost, and may they be compared? Nothing is written and nothing allocated.
+
+A plan that is only looked at needs no data: of latents that are not here, a network's cost depends on their size, which the
+configuration gives, and on channels and classes, which are then taken to be those of ImageNet's.
+"""
 
 import json
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from pathlib import Path
 
 import torch
 
 from bench import job
 from bench.budget import plan as plan_budget
-from bench.config import RunConfig
-from bench.data import load_data
+from bench.config import RunConfig, SystemConfig
+from bench.data import DataSource, load_data
 from bench.evaluate import protocol_of
 from bench.flops import Cost, measure
-from bench.memory import training_bytes
+from bench.memory import Memory, training_memory
 from bench.method import Method
+from bench.published.costs import Latents
 from bench.sample import make_sampler
 from bench.suite import SuiteRun
 
@@ -30,12 +36,19 @@ class PlannedRun:
     num_images: float  # nan where the budget is a time
     train_flops: float  # nan where the budget is a time
     device_seconds: float  # nan unless the budget is a time
-    memory_bytes: int  # of one rank, an estimate
+    memory: Memory  # of one rank, an estimate
     stored_parameters: int
+    active_parameters: int
+    forward_macs_per_image: float
+    missing: tuple[str, ...] = ()  # files that the run needs and that are not here
 
     @property
     def config(self) -> RunConfig:
         return self.run.config
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.memory.total
 
     @property
     def label(self) -> str:
@@ -47,9 +60,12 @@ class PlannedRun:
         return seconds / 3600
 
 
-def plan_runs(runs: Iterable[SuiteRun], world_size: int = 1) -> list[PlannedRun]:
-    """In order. ValueError in one sentence for a run that is not possible, or budgets that are not equal."""
-    planned = [_plan(run, world_size) for run in runs]
+def plan_runs(runs: Iterable[SuiteRun], world_size: int = 1, only_look: bool = False) -> list[PlannedRun]:
+    """In order. ValueError in one sentence for a run that is not possible, or budgets that are not equal.
+
+    `only_look`: files that are not here are named in the plan, instead of being a reason to refuse it.
+    """
+    planned = [_plan(run, world_size, only_look) for run in runs]
     check_equal(planned)
     return planned
 
@@ -82,11 +98,13 @@ def _named(planned: PlannedRun) -> str:
     return f"{config.run_id} ({planned.label}) has {_spent(planned):,.0f} {config.budget.unit}"
 
 
-def _plan(run: SuiteRun, world_size: int) -> PlannedRun:
+def _plan(run: SuiteRun, world_size: int, only_look: bool) -> PlannedRun:
     config = run.config
-    data = load_data(config.data)
-    make_sampler(config.diffusion, config.evaluation, config.model, data)
-    protocol_of(config.evaluation, data)
+    missing = missing_files(config) if only_look else ()
+    if not missing:
+        data = load_data(config.data)
+        make_sampler(config.diffusion, config.evaluation, config.model, data)
+        protocol_of(config.evaluation, data)
     batch, num_passes = config.train.batch_size, config.train.micro_batches * world_size
     if batch % num_passes:
         raise ValueError(
@@ -102,9 +120,26 @@ def _plan(run: SuiteRun, world_size: int) -> PlannedRun:
         float("nan") if num_steps is None else num_steps * batch,
         float("nan") if num_steps is None else num_steps * cost.train_flops(batch, num_passes),
         config.budget.amount if timed else float("nan"),
-        _memory(network, batch // num_passes),
+        _memory(network, batch // num_passes, world_size, config.system, config.train.ema_half_life_images > 0),
         sum(p.numel() for p in method.parameters()),
+        method.num_active_parameters(),
+        cost.forward_macs_per_image,
+        missing,
     )
+
+
+def missing_files(config: RunConfig) -> tuple[str, ...]:
+    """Of the data, the extractor and the reference, what the configuration names and is not here."""
+    not_given = "data.path, which is not given" if config.data.name == "latents" else ""
+    named = (config.data.path or not_given, config.evaluation.extractor_weights, config.evaluation.reference)
+    return tuple(path for path in named if path and not Path(path).exists())
+
+
+def _data(config: RunConfig) -> DataSource | Latents:
+    """The data, or what stands for latents that are not here."""
+    if config.data.name == "latents" and config.data.image_size and not (config.data.path and Path(config.data.path).exists()):
+        return Latents(config.data.image_size)
+    return load_data(config.data)
 
 
 @dataclass(frozen=True)
@@ -123,13 +158,15 @@ class _Network:
 @cache
 def _measured(network: _Network) -> tuple[Method, Cost]:
     """The method on the meta device, and its cost."""
-    data = load_data(network.config.data)
+    data = _data(network.config)
     with torch.device("meta"):
-        method = job.build_method(network.config, data)
+        method = job.build_method(network.config, data)  # type: ignore[arg-type]  # it asks for dimensions only
     return method, measure(method, (data.channels, data.input_size, data.input_size), data.num_classes)
 
 
 @cache
-def _memory(network: _Network, num_images: int) -> int:
-    data = load_data(network.config.data)
-    return training_bytes(_measured(network)[0], (data.channels, data.input_size, data.input_size), num_images)
+def _memory(network: _Network, num_images: int, world_size: int, system: SystemConfig, averaged: bool) -> Memory:
+    data = _data(network.config)
+    image_shape = (data.channels, data.input_size, data.input_size)
+    num_parts = world_size if system.shard == "full" else 1
+    return training_memory(_measured(network)[0], image_shape, num_images, num_parts, system.recompute, averaged)

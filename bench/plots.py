@@ -50,6 +50,7 @@ def figures_of(
     class_names: Sequence[str] = (),
     report: Callable[[str], None] = print,
     only_data: bool = False,
+    pdf: bool = True,
 ) -> Figures:
     """Every figure for which there is data, as PNG, PDF and, except for pictures, the CSV of what it shows.
 
@@ -57,7 +58,7 @@ def figures_of(
     entry) what losses are compared with. In a suite of groups, each has its figures in a folder of its name, with the runs that
     have the label of one of its entries. `floor`: the content of `floor.json`. `real_images` (n, H, W, C) uint8, image i of
     class i mod num_classes, become the last row of the samples, whose columns are headed by `class_names`. A figure that has no
-    data is named to `report`. `only_data`: the CSVs alone. The same runs give the same bytes.
+    data is named to `report`. `only_data`: the CSVs alone; not `pdf`: no PDFs. The same runs give the same bytes.
     """
     shown = dress(runs, suite)
     made = Figures({}, {})
@@ -71,7 +72,7 @@ def figures_of(
             with settings():
                 drawn = draw(material)
                 for each in drawn:
-                    files = data_file(each) if only_data else render(each)
+                    files = data_file(each) if only_data else render(each, pdf)
                     made.files.update({f"{folder}{file}": content for file, content in files.items()})
                     made.captions[f"{folder}{each.name}"] = each.caption
             if not drawn:

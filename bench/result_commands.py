@@ -1,4 +1,4 @@
-"""What do `tsbench collect`, `tables`, `plots` and `explain` do? They lead from a suite or a folder to `bench.show`.
+"""What do `tsbench collect`, `tables`, `plots`, `report` and `explain` do? They lead from a suite or a folder to `bench.show`.
 
 A suite's runs lie among those of all suites; what is made of them goes to results/SUITE. A folder has its own runs, or
 holds the results that were collected from some.
@@ -14,6 +14,7 @@ from rich.console import Console
 from bench.sweeps import RUNS, is_suite
 
 if TYPE_CHECKING:  # imports are made where they are needed, so that help and refusals come at once
+    from bench.config import RunConfig
     from bench.runs import Run
     from bench.tidy import Results
 
@@ -26,6 +27,7 @@ def add_parsers(commands: Any) -> None:
         ("collect", run_collect, "gather the runs of a suite or a folder into one tidy results.csv"),
         ("tables", run_tables, "the comparison tables of a suite's or a folder's runs, or a paper's table beside ours"),
         ("plots", run_plots, "the figures of a suite's or a folder's runs: PNG, PDF and the data shown"),
+        ("report", run_report, "one HTML file that opens from disk: tables, figures and every run behind them"),
         ("explain", run_explain, "where a cell of a table comes from: runs, settings, code, machine, protocol"),
     ):
         command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
@@ -41,13 +43,20 @@ def add_parsers(commands: Any) -> None:
                 command.add_argument(part, metavar=part.upper(), help=of or "as printed, or its beginning")
         command.add_argument("settings", nargs="*", metavar="key=value", help="settings of a suite's runs, as given to sweep")
         command.add_argument("--runs", type=Path, help=f"where a suite's runs are (default {RUNS})")
-        command.add_argument("--out", type=Path, help="where a suite's results go (default results/SUITE)")
+        if run is run_report:
+            command.add_argument("--out", type=Path, dest="file", help="the HTML file (default report.html with the results)")
+            command.set_defaults(out=None)
+        else:
+            command.add_argument("--out", type=Path, help="where a suite's results go (default results/SUITE)")
         command.add_argument("--suite", default="demo", help="of a folder: what gives title, labels and colours (default demo)")
         command.add_argument("--protocol", default="", metavar="HASH", help="which scores, of runs that were scored by several")
-        if run in (run_tables, run_explain):
+        if run in (run_tables, run_report, run_explain):
             command.add_argument("--allow", default="", metavar="WHAT", help="show all the same: protocols,incomplete,n,budgets")
+        if run is run_collect:
+            command.add_argument("--keep-runs", action="store_true", help="and a slim folder of each run, to draw figures from")
         if run is run_tables:
             command.add_argument("--check", action="store_true", help="only say which committed files no longer follow")
+            command.add_argument("--pictures", action="store_true", help="with --check: draw PNG and PDF files too")
         command.set_defaults(run=run)
 
 
@@ -58,10 +67,12 @@ class Target:
     folder: Path  # of the results
     suite: dict[str, Any]
     runs: "list[Run] | None"  # of a suite; None: what the folder itself holds
+    configs: "dict[str, RunConfig]"  # of a suite's runs, by id
 
 
 def find_target(parsed: argparse.Namespace) -> Target:
     """ValueError in one sentence if there is nothing there."""
+    from bench.runs import Run
     from bench.suite import load_suite
 
     if not is_suite(parsed.target):
@@ -72,20 +83,19 @@ def find_target(parsed: argparse.Namespace) -> Target:
             raise ValueError(
                 f"settings {' '.join(parsed.settings)} choose runs of a suite, but {folder} is a folder: leave them out"
             )
-        return Target(folder, load_suite(parsed.suite), None)
+        return Target(folder, load_suite(parsed.suite), None, {})
     suite = load_suite(parsed.target)
-    return Target(parsed.out or RESULTS / str(suite["name"]), suite, _runs_of(suite, parsed))
+    configs = _configs_of(suite, parsed.settings)
+    root = parsed.runs or RUNS
+    begun = [Run(root / run_id, parsed.protocol) for run_id in configs if (root / run_id / "config.yaml").is_file()]
+    return Target(parsed.out or RESULTS / str(suite["name"]), suite, begun, configs)
 
 
-def _runs_of(suite: dict[str, Any], parsed: argparse.Namespace) -> "list[Run]":
-    """Those runs of the suite that have begun."""
+def _configs_of(suite: dict[str, Any], settings: list[str]) -> "dict[str, RunConfig]":
     from bench import job
-    from bench.runs import Run
     from bench.suite import suite_configs
 
-    root = parsed.runs or RUNS
-    ids = [config.run_id for config in suite_configs(suite, parsed.settings, job.make_config)]
-    return [Run(root / run_id, parsed.protocol) for run_id in ids if (root / run_id / "config.yaml").is_file()]
+    return {config.run_id: config for config in suite_configs(suite, settings, job.make_config)}
 
 
 def _results(target: Target, parsed: argparse.Namespace) -> "Results":
@@ -101,35 +111,41 @@ def _results(target: Target, parsed: argparse.Namespace) -> "Results":
 
 
 def _write_floor(target: Target) -> None:
-    """Real data against real data, by the protocol of the suite's runs."""
-    from bench import job
+    """Real data against real data, by the protocol of the suite's runs. Their own files may lack settings that came later."""
     from bench.demo import write_floor
 
     assert target.runs
     scored = next((run for run in target.runs if run.evaluations), None)
     if scored is not None:
-        write_floor(target.folder, job.read_config(scored.path))
+        write_floor(target.folder, target.configs[scored.run_id])
 
 
 def run_collect(parsed: argparse.Namespace) -> int:
-    from bench import tidy
+    from bench import show, tidy
+    from bench.files import make_folder
 
     target = find_target(parsed)
-    for path in tidy.write(_results(target, parsed), target.folder):
+    results = _results(target, parsed)
+    make_folder(target.folder)
+    kept = show.keep_runs(target.folder, _runs_to_show(target, parsed)) if parsed.keep_runs else []
+    for path in [*tidy.write(results, target.folder), *kept]:
         print(path)
     return 0
 
 
 def run_tables(parsed: argparse.Namespace) -> int:
-    from bench import show, tables
+    from bench import show
 
     if parsed.target in _published_names():
         return _published_table(parsed)
+    if parsed.pictures and not parsed.check:
+        raise ValueError("--pictures is for --check: draw figures with `tsbench plots`")
     target, allow = find_target(parsed), _allowed(parsed)
     if parsed.check:
-        lines = tables.check(target.folder, target.suite, parsed.protocol, allow)
-        print("\n".join(lines) or f"all tables in {target.folder} follow from its results")
-        return 1 if lines else 0
+        checked = show.check(target.folder, target.suite, parsed.protocol, allow, parsed.pictures)
+        print("\n".join(checked.faults) or f"all that was checked in {target.folder} follows from its results")
+        print("\n".join(checked.unchecked), end="\n" if checked.unchecked else "")
+        return 1 if checked.faults else 0
     paths = show.write_tables(target.folder, _results(target, parsed), target.suite, Console(), parsed.protocol, allow)
     print("\n" + "\n".join(str(path) for path in paths))
     return 0
@@ -139,14 +155,59 @@ def run_plots(parsed: argparse.Namespace) -> int:
     from bench import show
 
     target = find_target(parsed)
-    runs = target.runs if target.runs is not None else show.find(target.folder, parsed.protocol)
-    if not runs:
-        raise ValueError(f"no run of this suite has begun in {parsed.runs or RUNS}: start some with `tsbench sweep`")
+    runs = _runs_to_show(target, parsed)
     if target.runs:
         _write_floor(target)
     for path in show.write_figures(target.folder, runs, target.suite):
         print(path)
     return 0
+
+
+def _runs_to_show(target: Target, parsed: argparse.Namespace) -> "list[Run]":
+    """Those of the suite that have begun, else those that are kept beside its results."""
+    from bench import keep, show
+
+    if target.runs is not None and not target.runs and not (target.folder / keep.RUNS).is_dir():
+        raise ValueError(f"no run of this suite has begun in {parsed.runs or RUNS}: start some with `tsbench sweep`")
+    return target.runs or show.find(target.folder, parsed.protocol)
+
+
+def run_report(parsed: argparse.Namespace) -> int:
+    from bench import report, tables
+    from bench.files import make_folder, write_text_atomically
+    from bench.runs import find_runs
+
+    target, allow = find_target(parsed), _allowed(parsed)
+    results = _results(target, parsed)
+    made = tables.comparisons(results.frame, target.suite, parsed.protocol, allow)  # or a refusal, before anything is drawn
+    runs = target.runs or find_runs(target.folder, parsed.protocol)
+    given = {"suite": parsed.suite if target.runs is None else "", "protocol": parsed.protocol, "allow": parsed.allow}
+    material = report.Material(
+        target=parsed.target,
+        is_suite=target.runs is not None,
+        settings=tuple(parsed.settings),
+        options=tuple(word for name, value in given.items() if value for word in (f"--{name}", value)),
+        suite=target.suite,
+        results=results,
+        tables=made,
+        runs={run.run_id: run for run in runs},
+        figures=report.draw_figures(target.folder, runs, target.suite) if runs else report.figures_in(target.folder / "figures"),
+        docstrings=_docstrings(),
+    )
+    path = parsed.file or target.folder / "report.html"
+    make_folder(path.parent)
+    write_text_atomically(path, report.page_of(material))
+    print(path)
+    return 0
+
+
+def _docstrings() -> dict[str, str]:
+    """By method, that of its file."""
+    import sys
+
+    from bench import job
+
+    return {name: sys.modules[method.__module__].__doc__ or "" for name, method in job.METHODS.items()}
 
 
 def run_explain(parsed: argparse.Namespace) -> int:
@@ -177,18 +238,19 @@ def _published_names() -> list[str]:
 
 def _published_table(parsed: argparse.Namespace) -> int:
     """A paper's figures beside ours, and its coefficients as a figure; written only where --out says."""
-    from bench import job
     from bench.figures import style
     from bench.figures.published import published_mixing
     from bench.published import published_table, to_rich, write_published
     from bench.runs import find_runs
 
-    for option in ("check", "allow"):
+    for option in ("check", "pictures", "allow"):
         if getattr(parsed, option):
             raise ValueError(f"--{option} is for tables of our own runs: leave it out for {parsed.target}")
     if parsed.runs is None:
         table = published_table(parsed.target)
     else:
+        from bench import job  # which takes seconds, as torch does
+
         found = find_runs(parsed.runs, parsed.protocol)
         table = published_table(parsed.target, found, parsed.settings, job.make_config)
     Console().print(to_rich(table))
@@ -198,5 +260,6 @@ def _published_table(parsed: argparse.Namespace) -> int:
         with style.settings():
             for drawn in published_mixing(table):
                 paths += style.save(drawn, parsed.out)
+                print(f"\n{drawn.name}: {drawn.caption}")
     print("\n".join(str(path) for path in paths), end="\n" if paths else "")
     return 0

@@ -3,9 +3,11 @@
 Everything is told from run folders alone, without torch. `bench.tidy` gathers it in one frame.
 """
 
+import gzip
 import json
 import time
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,13 +18,14 @@ import pandas as pd
 from bench.arrays import Diagnostic
 from bench.arrays import read_diagnostics as read_diagnostics
 from bench.arrays import read_samples as read_samples
-from bench.config import NOT_SCIENTIFIC, content_hash
+from bench.config import NOT_SCIENTIFIC, ONLY_WHEN_SET, RUN, content_hash
 from bench.files import read_json, read_text, read_yaml
 
 STATES = ("planned", "running", "failed", "diverged", "done")
 HEARTBEAT_FRESH_SECONDS = 300.0
 SPENT = {"images": "images_seen", "train_flops": "train_flops", "device_seconds": "device_seconds"}  # unit: in progress.json
 LEFT_BY_EXPERT = ("config.yaml", "provenance.json", "summary.json", "metrics.jsonl", "done")  # in a folder of its own
+METRICS = "metrics.jsonl"  # of a run that is kept beside results: compressed, with .gz after it
 CURVE = "curve.json"  # scores of the weights at places of training, one record each
 RECORD = ("protocol_hash", "protocol", "n", "metrics")  # what a record of scores has at least
 PLACE = ("images_seen", "train_flops", "device_seconds")  # of training
@@ -82,7 +85,8 @@ class Run:
     def is_scored_under(self, evaluation: Mapping[str, Any]) -> bool:
         """Whether there are scores under a protocol of these settings. Files (a reference, an extractor) are not compared."""
         wanted = {**evaluation, "reference": "adm" if evaluation.get("reference") else "train"} if evaluation else {}
-        protocols = [record["protocol"] for record in self.evaluations]
+        unset = {key: "" if key == "solver" else 0 for key in ONLY_WHEN_SET}  # what a protocol without them stands for
+        protocols = [{**unset, **record["protocol"]} for record in self.evaluations]
         return any(all(protocol.get(key, value) == value for key, value in wanted.items()) for protocol in protocols)
 
     def _scores(self, name: str, needed: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -120,12 +124,24 @@ class Run:
     @property
     def config_hash(self) -> str:
         """The same for runs that differ in nothing but the seed."""
-        return hash_of_settings(self.config)
+        return hash_of_settings(self.config, self.config_beside)
+
+    def config_beside(self, run_id: str) -> dict[str, Any]:
+        """Of a run beside this one; empty if it is not there."""
+        beside = Run(self.path.parent / run_id)
+        return beside.config if (beside.path / "config.yaml").is_file() else {}
 
 
-def hash_of_settings(config: Mapping[str, Any]) -> str:
-    """Of a configuration, whatever its seed."""
-    return content_hash({key: value for key, value in config.items() if key not in (*NOT_SCIENTIFIC, "seed")})
+def hash_of_settings(config: Mapping[str, Any], config_of: Callable[[str], Mapping[str, Any]] = lambda run_id: {}) -> str:
+    """Of a configuration, whatever its seed; and whatever the seed of the run that it starts from, whose configuration
+    `config_of` gives by id (empty where it is not known: then the id itself counts).
+    """
+    settings = {key: value for key, value in config.items() if key not in (*NOT_SCIENTIFIC, "seed")}
+    given = str(config.get("train", {}).get("init_from", ""))
+    source = config_of(given.removeprefix(RUN)) if given.startswith(RUN) else {}
+    if source:
+        settings["train"] = {**settings["train"], "init_from": RUN + hash_of_settings(source, config_of)}
+    return content_hash(settings)
 
 
 def read_run(path: Path) -> Run:
@@ -205,8 +221,8 @@ def read_metric_rows(path: Path) -> list[dict[str, Any]]:
 
     A last line without its end is one that is being written, and is left out, unless the run is done.
     """
-    file = Path(path) / "metrics.jsonl"
-    text = read_text(file)
+    file = Path(path) / METRICS
+    text = metrics_bytes(path).decode(errors="replace")
     lines = text.splitlines()
     if lines and not text.endswith("\n") and not (Path(path) / "done").exists():
         lines.pop()
@@ -220,6 +236,17 @@ def read_metric_rows(path: Path) -> list[dict[str, Any]]:
             raise ValueError(f"{file} is damaged in line {number}: delete the run folder and train the run again")
         rows.append(row)
     return rows
+
+
+def metrics_bytes(path: Path) -> bytes:
+    """`metrics.jsonl` as it was written; empty if nothing is logged yet."""
+    packed = Path(path) / f"{METRICS}.gz"
+    if not packed.is_file():
+        return read_text(Path(path) / METRICS).encode()
+    try:
+        return gzip.decompress(packed.read_bytes())
+    except (OSError, EOFError, zlib.error):
+        raise ValueError(f"{packed} is damaged: restore it, or keep the runs again") from None
 
 
 def read_floor(path: Path) -> dict[str, Any] | None:

@@ -1,13 +1,24 @@
-"""How do the runs of a folder become results.csv, tables and figures beside them?"""
+"""How do the runs of a folder become results.csv, tables and figures beside them, and do these still follow from them?"""
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 from rich.console import Console
 
-from bench import plots, runs, tables, tidy
+from bench import keep, plots, runs, tables, tidy
+from bench.files import json_text
+from bench.keep import RealImages
+
+FIGURES = "figures"
+
+
+class Checked(NamedTuple):
+    """`faults`: a line for each file that does not follow; `unchecked`: what could not be looked at, and why."""
+
+    faults: list[str]
+    unchecked: list[str]
 
 
 def results_of(folder: Path, protocol_hash: str = "") -> tidy.Results:
@@ -44,8 +55,55 @@ def write_figures(folder: Path, found: Sequence[runs.Run], suite: dict[str, Any]
     for run in found:
         runs.read_all(run)
     tables.shared_protocol(tidy.tidy([run for run in found if run.evaluations], floor))
-    images, class_names = real_images(found[0].config)
-    return plots.make_figures(found, suite, folder / "figures", floor=floor, real_images=images, class_names=class_names)
+    images, names = real_images(folder, found)
+    return plots.make_figures(found, suite, folder / FIGURES, floor=floor, real_images=images, class_names=names)
+
+
+def keep_runs(folder: Path, found: Sequence[runs.Run]) -> list[Path]:
+    """What of these runs is committed beside their results, so that all is made again from it; the files written."""
+    return keep.keep(found, folder, real_images(folder, found))
+
+
+def check(
+    folder: Path,
+    suite: Mapping[str, Any],
+    protocol_hash: str = "",
+    allow: Collection[str] = (),
+    pictures: bool = False,
+) -> Checked:
+    """Whether runs are as they were kept, results follow from them, tables from the results, and figures' data and captions
+    from the runs; with `pictures`, PNG and PDF files too, byte for byte.
+    """
+    faults = keep.changes(folder)
+    found = runs.find_runs(folder, protocol_hash)
+    if faults or not found:
+        why = "not all runs are as they were kept" if faults else f"no runs are kept in {folder / keep.RUNS}"
+        left_out = [f"not checked, as {why}: whether {tidy.RESULTS} and {FIGURES} follow from the runs"]
+        return Checked(faults + tables.check(folder, suite, protocol_hash, allow), left_out)
+    from_runs = results_of_runs(folder, found)
+    figures = partial(figure_files, found=found, suite=suite, pictures=pictures) if (folder / FIGURES).is_dir() else None
+    unchecked = [f"not checked, as there is no {folder / FIGURES}: figures"] * (figures is None)
+    unchecked += ["not checked without --pictures: PNG and PDF files"] * (figures is not None and not pictures)
+    faults += tables.check(folder, suite, protocol_hash, allow, figures, from_runs)
+    return Checked(faults + _strange_figures(folder), unchecked)
+
+
+def figure_files(folder: Path, found: Sequence[runs.Run], suite: Mapping[str, Any], pictures: bool) -> dict[str, bytes]:
+    """Path within `folder` -> content of the figures' data and captions and, of `pictures`, of those that are there."""
+    images, names = real_images(folder, found)
+    floor = floor_of(folder, found)
+    options = {"floor": floor, "real_images": images, "class_names": names, "report": lambda _: None}
+    made = plots.figures_of(found, suite, **options, only_data=not pictures)  # type: ignore[arg-type]
+    files = {f"{FIGURES}/{name}": content for name, content in made.files.items()}
+    kept = {name: content for name, content in files.items() if name.endswith(".csv") or (folder / name).is_file()}
+    return kept | {f"{FIGURES}/{plots.CAPTIONS}": json_text(made.captions).encode()}
+
+
+def _strange_figures(folder: Path) -> list[str]:
+    """Files among the figures that `captions.json` does not know: what was drawn of other runs, say."""
+    known = {folder / FIGURES / f"{name}.{ending}" for name in plots.captions_of(folder / FIGURES) for ending in plots.ENDINGS}
+    there = [path for path in sorted((folder / FIGURES).rglob("*")) if path.suffix[1:] in plots.ENDINGS]
+    return [f"{path} is no figure of these runs" for path in there if path not in known]
 
 
 def find(folder: Path, protocol_hash: str = "") -> list[runs.Run]:
@@ -62,10 +120,13 @@ def floor_of(folder: Path, found: Sequence[runs.Run]) -> dict[str, Any] | None:
     return floor if floor and floor["protocol_hash"].startswith(found[0].protocol_hash) else None
 
 
-def real_images(config: dict[str, Any]) -> tuple[np.ndarray | None, list[str]]:
-    """Held-out images (n, H, W, C) uint8, image i of class i mod the number of classes, None for data that are not
-    pixels; and the numbers of the classes.
-    """
+def real_images(folder: Path, found: Sequence[runs.Run]) -> RealImages:
+    """Held-out images and the numbers of their classes: what was kept beside these runs, else from the data."""
+    own = found[0].path.parent == folder / keep.RUNS
+    return (keep.read_real_images(folder) if own else None) or _from_data(found[0].config)
+
+
+def _from_data(config: Mapping[str, Any]) -> RealImages:
     import torch
 
     from bench.config import DataConfig
@@ -74,6 +135,6 @@ def real_images(config: dict[str, Any]) -> tuple[np.ndarray | None, list[str]]:
     data = load_data(DataConfig(**config["data"]))
     class_names = [str(number) for number in range(data.num_classes)]
     if not data.pixels:
-        return None, class_names
+        return RealImages(None, class_names)
     x, _ = data.heldout.batch(torch.arange(min(len(data.heldout), 100)))
-    return to_uint8(x).permute(0, 2, 3, 1).numpy(), class_names
+    return RealImages(to_uint8(x).permute(0, 2, 3, 1).numpy(), class_names)

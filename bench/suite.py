@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from bench.config import RunConfig
+from bench.config import RUN, RunConfig
 from bench.files import read_yaml
 
 FOLDER = Path(__file__).parent / "suites"
@@ -24,7 +24,6 @@ OF_ENTRY = (  # the rest are settings
     *("name", "colour", "start_from", "group", "grid"),
     *("published", "section", "deviations", "notes"),
 )
-RUN = "run:"  # before the id of a run, as a value of train.init_from
 
 MakeConfig = Callable[[dict[str, Any], list[str]], RunConfig]
 
@@ -92,7 +91,20 @@ def suite_runs(suite: Mapping[str, Any], overrides: list[str], make_config: Make
                 )
             there.add(run.config.run_id)
             runs.append(run)
+    _check_labels(runs)
     return runs
+
+
+def _check_labels(runs: list[SuiteRun]) -> None:
+    """A run knows one label only, and by it the groups that it is shown in."""
+    labels: dict[str, str] = {}
+    for run in runs:
+        known = labels.setdefault(run.config.run_id, run.config.label)
+        if known != run.config.label:
+            raise ValueError(
+                f"{run.config.run_id} is in the suite as {known!r} and as {run.config.label!r}, with the same settings: give "
+                "both entries one label, or settings that differ"
+            )
 
 
 def _group_runs(

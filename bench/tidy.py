@@ -1,7 +1,8 @@
-"""What is known of all runs of a folder, in one frame? `results.csv` and `runs.json`, from which tables are made and explained.
+"""What is known of all runs of a folder, in one frame? `results.csv`, from which tables are made, and what explains it.
 
-The tidy frame has a row per run and metric, and per place of training where a run was scored on its way. `runs.json`
-holds each run's settings and provenance. Both are committed with a comparison; run folders are not.
+The tidy frame has a row per run and metric, and per place of training where a run was scored on its way. Beside it,
+`protocols.json` spells out its protocol hashes, which a file of thousands of rows does not repeat, and `runs.json` holds
+each run's settings and provenance. All are committed with a comparison; `bench.keep` says what is of the run folders.
 """
 
 import json
@@ -12,9 +13,9 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from bench.files import read_json, write_text_atomically
-from bench.runs import Run
+from bench.runs import Run, hash_of_settings
 
-RESULTS, RECORDS = "results.csv", "runs.json"
+RESULTS, PROTOCOLS, RECORDS = "results.csv", "protocols.json", "runs.json"
 FLOOR = "floor"  # stands for the run in rows that compare real data with real data
 TIDY_DTYPES = {
     **dict.fromkeys(("run", "method", "label", "options", "config_hash"), "str"),
@@ -32,6 +33,7 @@ TIDY_DTYPES = {
     "world_size": "Int64",
     "started": "str",
 }
+IN_RESULTS = [name for name in TIDY_DTYPES if name != "protocol"]  # the columns of the file
 PLACES = {"at_images": "images_seen", "at_train_flops": "train_flops", "at_device_seconds": "device_seconds"}
 BESIDE_METRICS = ("sample_images_per_second", "network_evaluations_per_sample", "heldout_loss")  # of a record of scores
 NOT_KEPT = ("command", "code_files", "diff")  # of the provenance: they tell of one machine, or are long
@@ -43,9 +45,19 @@ class Results(NamedTuple):
     frame: pd.DataFrame
     records: dict[str, dict[str, Any]]
 
+    def settings_hash(self, run_id: str) -> str:
+        """What the recorded settings of a run say that its `config_hash` is."""
+        return hash_of_settings(self._config_of(run_id), self._config_of)
+
+    def _config_of(self, run_id: str) -> dict[str, Any]:
+        config: dict[str, Any] = self.records.get(run_id, {}).get("config", {})
+        return config
+
 
 def gather(runs: Sequence[Run], floor: Mapping[str, Any] | None = None) -> Results:
-    return Results(tidy(runs, floor), {run.run_id: _record(run) for run in sorted(runs, key=lambda run: run.run_id)})
+    """In the order of the runs' ids, whatever order they are given in."""
+    runs = sorted(runs, key=lambda run: run.run_id)
+    return Results(tidy(runs, floor), {run.run_id: _record(run) for run in runs})
 
 
 def tidy(runs: Iterable[Run], floor: Mapping[str, Any] | None = None) -> pd.DataFrame:
@@ -91,12 +103,11 @@ def distinct_labels(keys: Iterable[tuple[str, str]]) -> dict[tuple[str, str], st
 
 
 def write(results: Results, folder: Path) -> list[Path]:
-    """`results.csv` and, if the runs' records are known, `runs.json`. The same results give the same bytes."""
-    write_text_atomically(folder / RESULTS, results_text(results.frame))
-    if not results.records:
-        return [folder / RESULTS]
-    write_text_atomically(folder / RECORDS, records_text(results.records))
-    return [folder / RESULTS, folder / RECORDS]
+    """The files of `result_files` in a folder. The same results give the same bytes."""
+    files = result_files(results)
+    for name, text in files.items():
+        write_text_atomically(folder / name, text)
+    return [folder / name for name in files]
 
 
 def read(folder: Path) -> Results:
@@ -104,8 +115,24 @@ def read(folder: Path) -> Results:
     return Results(read_results(folder / RESULTS), read_json(folder / RECORDS, dict))
 
 
+def result_files(results: Results) -> dict[str, str]:
+    """Name -> content of `results.csv`, `protocols.json` and, if the runs' records are known, `runs.json`."""
+    files = {RESULTS: results_text(results.frame), PROTOCOLS: protocols_text(results.frame)}
+    return files | ({RECORDS: records_text(results.records)} if results.records else {})
+
+
 def results_text(frame: pd.DataFrame) -> str:
-    return str(frame.to_csv(index=False, lineterminator="\n"))
+    return str(frame[IN_RESULTS].to_csv(index=False, lineterminator="\n"))
+
+
+def protocols_text(frame: pd.DataFrame) -> str:
+    """Hash -> protocol."""
+    known = frame[frame["protocol_hash"] != ""][["protocol_hash", "protocol"]].drop_duplicates().sort_values("protocol_hash")
+    if known["protocol_hash"].duplicated().any():
+        twice = known["protocol_hash"][known["protocol_hash"].duplicated()].iloc[0]
+        raise ValueError(f"the protocol hash {twice} stands for two different protocols: score these runs again")
+    protocols = {name: json.loads(text) for name, text in zip(known["protocol_hash"], known["protocol"], strict=True)}
+    return json.dumps(protocols, indent=1) + "\n"
 
 
 def records_text(records: Mapping[str, Any]) -> str:
@@ -113,8 +140,9 @@ def records_text(records: Mapping[str, Any]) -> str:
 
 
 def read_results(path: Path) -> pd.DataFrame:
-    missing = {name: [""] for name, dtype in TIDY_DTYPES.items() if dtype != "str"}
-    as_text = {name: "str" if dtype == "float64" else dtype for name, dtype in TIDY_DTYPES.items()}
+    """The tidy frame in a file, with the protocols beside it."""
+    missing = {name: [""] for name in IN_RESULTS if TIDY_DTYPES[name] != "str"}
+    as_text = {name: "str" if TIDY_DTYPES[name] == "float64" else TIDY_DTYPES[name] for name in IN_RESULTS}
     try:
         frame = pd.read_csv(path, dtype=as_text, keep_default_na=False, na_values=missing)
         for name in TIDY_DTYPES:
@@ -122,9 +150,13 @@ def read_results(path: Path) -> pd.DataFrame:
                 frame[name] = [float(text) for text in frame[name]]  # Python reads back what it wrote; pandas need not
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as results ({type(error).__name__}): make it again from the runs") from None
-    if list(frame.columns) != list(TIDY_DTYPES):
+    if list(frame.columns) != IN_RESULTS:
         raise ValueError(f"{path} has other columns than results have: make it again from the runs")
-    return frame
+    protocols = read_json(path.with_name(PROTOCOLS), dict)
+    if unknown := sorted(set(frame["protocol_hash"]) - {"", *protocols}):
+        raise ValueError(f"{path.with_name(PROTOCOLS)} does not tell of {', '.join(unknown)}: make it again from the runs")
+    texts = {"": "", **{name: json.dumps(protocol, sort_keys=True) for name, protocol in protocols.items()}}
+    return frame.assign(protocol=[texts[each] for each in frame["protocol_hash"]])[list(TIDY_DTYPES)].astype(TIDY_DTYPES)
 
 
 def _run_columns(run: Run) -> dict[str, Any]:
@@ -157,14 +189,19 @@ def _job(slurm: Mapping[str, Any]) -> str:
     return str(slurm.get("job_id") or "")
 
 
-def _record(run: Run) -> dict[str, Any]:
+def kept_provenance(run: Run) -> dict[str, Any]:
+    """The provenance of a run without what tells of one machine only, or is long."""
     provenance = {key: value for key, value in run.provenance.items() if key not in NOT_KEPT}
     if "sessions" in provenance:
         provenance["sessions"] = [
             {key: value for key, value in session.items() if key not in NOT_KEPT} for session in provenance["sessions"]
         ]
+    return provenance
+
+
+def _record(run: Run) -> dict[str, Any]:
     scores = {each["protocol_hash"]: {key: each.get(key) for key in ("code_hash", "scored")} for each in run.evaluations}
-    return {"config": run.config, "provenance": provenance, "scores": scores}
+    return {"config": run.config, "provenance": kept_provenance(run), "scores": scores}
 
 
 def _costs(run: Run) -> dict[str, float]:

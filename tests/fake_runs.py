@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.config import BudgetConfig, RunConfig
+from bench.config import BudgetConfig, RunConfig, TrainConfig
 from bench.files import read_yaml
 from bench.runs import Run, read_run
 
@@ -65,6 +65,7 @@ def write_fake_run(root: Path, method: dict[str, Any], seed: int = 0, curve: Seq
         seed=seed,
         options=dict(method.get("options", {})),
         budget=BudgetConfig("images", NUM_IMAGES),
+        train=TrainConfig(init_from=method.get("init_from", "")),
     )
     folder = root / "runs" / config.run_id
     folder.mkdir(parents=True)

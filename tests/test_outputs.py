@@ -12,7 +12,7 @@ from bench import tidy
 from bench.runs import find_runs
 from bench.tables import TableRefusal, check, comparisons, write_tables
 
-FILES = ["results.csv", "runs.json", "table.md", "table.tex", "table.csv", "table.html"]
+FILES = ["results.csv", "protocols.json", "runs.json", "table.md", "table.tex", "table.csv", "table.html"]
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_the_same_runs_give_the_same_bytes_in_any_order(folder: Path, tmp_path: 
         found = find_runs(tmp_path / "made")
         results = tidy.gather(found[::-1] if backwards else found, FLOOR_RECORD)
         write_tables(comparisons(results.frame, SUITE), results, tmp_path / name)
-    for file in FILES[1:]:  # results.csv keeps the order of the runs it is given
+    for file in FILES:
         assert len({(tmp_path / name / file).read_bytes() for name in ("again", "backwards", "committed")}) == 1
     results = tidy.read(folder)
     write_tables(comparisons(results.frame, SUITE), results, tmp_path / "reread")
@@ -41,7 +41,7 @@ def test_the_same_runs_give_the_same_bytes_in_any_order(folder: Path, tmp_path: 
         assert (tmp_path / "reread" / file).read_bytes() == (folder / file).read_bytes()
 
 
-@pytest.mark.parametrize("name", FILES[2:])
+@pytest.mark.parametrize("name", FILES[3:])
 def test_a_table_that_was_edited_or_is_gone_is_named(folder: Path, name: str) -> None:
     text = (folder / name).read_text()
     lines = text.split("\n")
@@ -60,7 +60,7 @@ def test_a_changed_result_shows_in_every_table(folder: Path) -> None:
     place = frame.index[(frame["metric"] == "fid_train") & frame["at_images"].isna()][0]
     frame.loc[place, "value"] += 0.1
     (folder / "results.csv").write_text(tidy.results_text(frame))
-    assert [Path(line.split()[0]).name for line in check(folder, SUITE)] == FILES[2:]
+    assert [Path(line.split()[0]).name for line in check(folder, SUITE)] == FILES[3:]
 
 
 def test_results_in_another_form_than_is_written_are_named(folder: Path) -> None:
@@ -96,7 +96,7 @@ def test_what_figures_show_is_compared_too(folder: Path) -> None:
     (folder / "figures").mkdir()
     (folder / "figures" / "loss.csv").write_text("a,b\n1,3\n")
     assert check(folder, SUITE, figures=figures) == [
-        f"{folder / 'figures' / 'loss.csv'} does not follow from results.csv: line 2 differs"
+        f"{folder / 'figures' / 'loss.csv'} does not follow from the runs: line 2 differs"
     ]
     (folder / "figures" / "loss.csv").write_text("a,b\n1,2\n")
     assert check(folder, SUITE, figures=figures) == []

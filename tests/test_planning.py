@@ -1,16 +1,25 @@
 """Does a plan tell what runs will really cost, and refuse to compare runs of unequal budgets?"""
 
+import io
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from command import TINY
 from helpers import PUBLISHED
 from omegaconf import OmegaConf
+from rich.console import Console
 
 from bench import job, planning
-from bench.memory import training_bytes
+from bench.memory import training_memory
 from bench.planning import PlannedRun, plan_runs
-from bench.suite import suite_runs
+from bench.published import published_names
+from bench.published.costs import Latents
+from bench.suite import load_suite, suite_runs
+from bench.sweep_views import plan_table
+from slurm.profile import load_profile
+from slurm.states import Status
+from slurm.sweep import Choice
 
 BASE = OmegaConf.to_container(OmegaConf.from_dotlist(TINY))
 
@@ -38,7 +47,7 @@ def test_a_plan_tells_what_the_trainer_counts(method: str) -> None:
     built = job.build_method(config, data)
     assert planned.num_images == 64 and planned.train_flops == 2 * cost.train_flops(32)
     assert planned.stored_parameters == sum(p.numel() for p in built.parameters())
-    assert planned.memory_bytes == training_bytes(built, (1, 8, 8), 32)
+    assert planned.memory_bytes == training_memory(built, (1, 8, 8), 32, averaged=False).total
     assert planned.label == method and planned.device_seconds != planned.device_seconds
 
 
@@ -133,3 +142,38 @@ def test_what_cannot_be_run_is_refused_before_anything_starts(settings: tuple[st
     with pytest.raises(ValueError, match=r"^[^\n]*$") as refusal:
         plan(DENSE, settings=settings)
     assert words in str(refusal.value)
+
+
+# Data that are not here
+
+LATENTS = ("data.name=latents", "data.path=nowhere", "data.image_size=8", "evaluation.extractor=inception")
+SCORING = ("evaluation.extractor_weights=weights.pth", "evaluation.reference=reference.npz")
+
+
+def test_a_look_at_a_plan_needs_no_data_and_says_what_is_missing() -> None:
+    (suite_run,) = suite_runs({"base": BASE, "methods": [DENSE]}, [*LATENTS, *SCORING], job.make_config)
+    (planned,) = plan_runs([suite_run], only_look=True)
+    assert planned.missing == ("nowhere", "weights.pth", "reference.npz")
+    config = planned.config
+    of_imagenet = job.build_method(config, Latents(8))  # type: ignore[arg-type]
+    assert planned.stored_parameters == sum(p.numel() for p in of_imagenet.parameters()) and planned.train_flops > 0
+    with pytest.raises(ValueError, match=r"^there is no file nowhere/train_latents.npy: [^\n]*$"):
+        plan_runs([suite_run])
+    (here,) = plan_runs(suite_runs({"base": BASE, "methods": [DENSE]}, [], job.make_config), only_look=True)
+    assert here.train_flops == plan(DENSE)[0].train_flops and here.missing == ()
+    console = Console(width=200, record=True, file=io.StringIO())
+    status = Status("planned")
+    console.print(plan_table([planned], {config.run_id: status}, Choice([], {}), load_profile("local")))
+    told = console.export_text()
+    assert "needed before any of these runs starts: nowhere, weights.pth, reference.npz" in told
+    assert "4 channels, 1000 classes" in told
+
+
+@pytest.mark.parametrize("name", published_names())
+def test_runs_of_published_tables_have_equal_budgets_in_each_group(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And can be looked at where there are no data."""
+    network = SimpleNamespace(parameters=list, num_active_parameters=int)
+    monkeypatch.setattr(planning, "_measured", lambda _: (network, job.Cost(0.0, 1.0, 1.0)))
+    monkeypatch.setattr(planning, "_memory", lambda *_: None)
+    planned = plan_runs(suite_runs(load_suite(name), [], job.make_config), only_look=True)
+    assert planned and all(each.missing and each.num_images > 0 for each in planned)

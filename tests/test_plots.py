@@ -16,7 +16,7 @@ from matplotlib.image import imread
 
 from bench.figures.style import COLOURS, Material, dress, names_for, settings, spread
 from bench.plots import CAPTIONS, FIGURES, captions_of, figures_of, make_figures
-from bench.runs import find_runs
+from bench.runs import find_runs, read_run
 
 NAMES = [str(i) for i in range(NUM_CLASSES)]
 EXPECTED = [
@@ -186,6 +186,36 @@ def test_what_has_room_for_a_few_only_shows_the_first_and_the_last() -> None:
     assert spread(5, 9) == [0, 1, 2, 3, 4]
     assert spread(100, 4) == [0, 33, 66, 99]
     assert spread(1, 4) == [0]
+
+
+def test_many_labels_fit_beside_the_figure(tmp_path: Path) -> None:
+    """As in a sweep of learning rates: the legend is within the figure, with all of them."""
+    entries = [{"method": "dense", "label": f"Dense DiT, a rate of {i}e-3"} for i in range(24)]
+    runs = [write_fake_run(tmp_path, entry, seed) for seed, entry in enumerate(entries)]
+    shown = dress(runs, {"methods": entries})
+    with settings():
+        for name in ("training_loss", "heldout_loss", "loss_per_timestep"):
+            (drawn,) = FIGURES[name](Material(shown))
+            drawn.figure.draw_without_rendering()
+            (legend,) = drawn.figure.legends
+            assert [text.get_text() for text in legend.get_texts()] == [entry["label"] for entry in entries]
+            box, whole = legend.get_window_extent(), drawn.figure.bbox
+            assert whole.y0 <= box.y0 and box.y1 <= whole.y1 and whole.x0 <= box.x0 and box.x1 <= whole.x1
+
+
+def test_a_few_far_points_do_not_flatten_the_difference_to_the_baseline(tmp_path: Path) -> None:
+    runs = write_fake_runs(tmp_path, SUITE["methods"][:4])
+    for far in (1.0, 1000.0):
+        rows = [json.loads(line) for line in (runs[1].path / "metrics.jsonl").read_text().splitlines()]
+        for row in (row for row in rows if row["kind"] == "heldout" and row["step"] == 500):
+            row["loss"] *= far
+        (runs[1].path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with settings():
+            shown = dress([read_run(run.path) for run in runs], SUITE)
+            (drawn,) = FIGURES["heldout_loss"](Material(shown, baseline=LABELS[0]))
+        axes = drawn.figure.axes[1]
+        assert axes.get_ylim()[1] < 100
+        assert ("lines leave the axis" in axes.get_ylabel()) == (far > 1)
 
 
 def test_seeds_share_one_look_and_one_legend_entry(demo: Path) -> None:

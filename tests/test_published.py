@@ -245,8 +245,10 @@ def test_printing_needs_no_torch() -> None:
 def test_an_entry_whose_row_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     suite = load_published_suite("dit.table4")
     for change in ({"published": "DiT-H/2"}, {"published": "DiT-S/4"}, {"published": "DiT-XL/2"}):
-        entries = [{**suite["methods"][0], **change}, *suite["methods"][1:]]
-        monkeypatch.setattr(table_module, "load_published_suite", lambda name, entries=entries: {**suite, "methods": entries})
+        sizes = suite["groups"]["sizes"]
+        entries = [{**sizes["methods"][0], **change}, *sizes["methods"][1:]]
+        altered = {**suite, "groups": {**suite["groups"], "sizes": {**sizes, "methods": entries}}}
+        monkeypatch.setattr(table_module, "load_published_suite", lambda name, altered=altered: altered)
         with pytest.raises(ValueError, match=r"^DiT-S/[84] in the suite dit.table4 stands for the published row [^\n]*$"):
             published_table("dit.table4")
 
@@ -402,6 +404,14 @@ def test_published_coefficients_are_drawn_alone_and_beside_ours(tmp_path: Path) 
     mean = np.mean([Run(folder).diagnostics["mixing_coefficients"].values for folder in folders], axis=0)
     np.testing.assert_allclose(shown[shown["panel"] == panels[2]]["coefficient"], mean.ravel(), atol=1e-5)
     assert imread(beside[0]).shape[0] > imread(paths[0]).shape[0]
+
+
+def test_the_caption_of_published_coefficients_says_whose_they_are(tmp_path: Path) -> None:
+    alone = published_mixing(published_table("remix_dit.figure4"))[0].caption
+    assert "as published in Remix-DiT, arXiv" in alone and "none of ours is run" in alone and alone.endswith(".")
+    write_run(tmp_path, config_of("remix_dit.figure4", "Remix-S-4-8", 0), 1.0)
+    beside = published_mixing(published_table("remix_dit.figure4", find_runs(tmp_path), make_config=make_config))[0].caption
+    assert "ours below, as the mean over seeds" in beside
 
 
 def test_tables_without_coefficients_have_no_figure() -> None:

@@ -20,6 +20,7 @@ from bench.runs import (
     read_samples,
     run_state,
 )
+from bench.tidy import gather
 
 SPLIT = SUITE["methods"][1]
 MIXED = SUITE["methods"][5]
@@ -141,6 +142,22 @@ def test_the_config_hash_ignores_seed_and_label_only(tmp_path: Path) -> None:
     one, other = write_fake_run(tmp_path, SPLIT), write_fake_run(tmp_path, {**SPLIT, "label": "renamed"}, seed=1)
     wider = write_fake_run(tmp_path, {**SPLIT, "options": {"experts": 8}})
     assert one.config_hash == other.config_hash != wider.config_hash
+
+
+def test_runs_that_start_from_seeds_of_the_same_settings_have_the_same_config_hash(tmp_path: Path) -> None:
+    dense = {"method": "dense"}
+    sources = [write_fake_run(tmp_path, dense, seed) for seed in (0, 1)]
+    wider = write_fake_run(tmp_path, {**dense, "options": {"width": 2}})
+    runs = [
+        write_fake_run(tmp_path, {**SPLIT, "init_from": f"run:{source.run_id}"}, seed)
+        for seed, source in enumerate([*sources, wider])
+    ]
+    one, other, of_wider = runs
+    assert one.config_hash == other.config_hash != of_wider.config_hash
+    results = gather([*sources, *runs])
+    assert results.settings_hash(one.run_id) == one.config_hash
+    (sources[1].path / "config.yaml").unlink()  # what is not known counts as something else
+    assert read_run(one.path).config_hash == one.config_hash != read_run(other.path).config_hash
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:

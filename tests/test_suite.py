@@ -124,7 +124,7 @@ def test_a_grid_of_an_entry_is_its_own() -> None:
 
 def test_a_run_in_two_groups_is_one_run_listed_twice() -> None:
     """It is trained once, and counts in both comparisons; twice in one group is refused."""
-    same = {"method": "dense", "label": "Elsewhere"}
+    same = {"method": "dense"}
     groups = {"one": {"methods": [{"method": "dense"}, {"method": "dtr"}]}, "two": {"methods": [same, {"method": "dit_moe"}]}}
     runs = runs_of({"groups": groups})
     assert [run.group for run in runs] == ["one", "one", "two", "two"]
@@ -194,3 +194,13 @@ def test_a_faulty_group_is_one_sentence(text: str, words: tuple[str, ...], tmp_p
     path = tmp_path / "suite.yaml"
     path.write_text(text)
     assert_refused(tsbench("status", path), *words)
+
+
+def test_one_run_under_two_labels_is_refused() -> None:
+    """It knows one of them only, so it would be missing where the other is shown."""
+    entry = {"method": "dense", "label": "One"}
+    twice = {"groups": {"a": {"methods": [entry]}, "b": {"methods": [{**entry, "label": "Two"}]}}}
+    with pytest.raises(ValueError, match=r"^dense-\w+ is in the suite as 'One' and as 'Two', with the same settings: [^\n]*$"):
+        suite_runs(twice, [], make_config)
+    twice["groups"]["b"]["methods"] = [entry]
+    assert len(suite_runs(twice, [], make_config)) == 2

@@ -66,13 +66,27 @@ def test_csv_gives_the_same_frame_back_and_the_same_bytes(tmp_path: Path) -> Non
     frame = tidy(find_runs(tmp_path), read_floor(tmp_path / "floor.json"))
     frame.loc[0, "value"] = math.nan
     frame.loc[1, "value"] = 0.1 + 0.2
-    assert tidy_module.write(Results(frame, {}), tmp_path) == [tmp_path / "results.csv"]
+    assert tidy_module.write(Results(frame, {}), tmp_path) == [tmp_path / "results.csv", tmp_path / "protocols.json"]
     again = tidy_module.read(tmp_path)
     pd.testing.assert_frame_equal(again.frame, frame, check_exact=True)
     assert again.records == {}
     before = (tmp_path / "results.csv").read_bytes()
     tidy_module.write(again, tmp_path)
     assert (tmp_path / "results.csv").read_bytes() == before
+
+
+def test_protocols_are_spelt_out_once_and_hashes_stand_for_one_each(tmp_path: Path) -> None:
+    frame = tidy(write_fake_runs(tmp_path / "made", SUITE["methods"][:2]), FLOOR_RECORD)
+    tidy_module.write(Results(frame, {}), tmp_path)
+    assert "ancestral" not in (tmp_path / "results.csv").read_text()
+    protocols = json.loads((tmp_path / "protocols.json").read_text())
+    assert list(protocols) == ["0123456789"] and protocols["0123456789"]["sampler"] == "ancestral"
+    (tmp_path / "protocols.json").unlink()
+    with pytest.raises(ValueError, match=r"protocols.json does not tell of 0123456789: make it again"):
+        read_results(tmp_path / "results.csv")
+    frame.loc[frame["metric"] == "fid_train", "protocol"] = '{"sampler": "euler"}'
+    with pytest.raises(ValueError, match="hash 0123456789 stands for two different protocols"):
+        tidy_module.write(Results(frame, {}), tmp_path)
 
 
 def test_scores_on_the_way_have_a_place_and_the_end_has_none(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def _dead_bars(axes: Axes, dead: pd.DataFrame, shown: Sequence[Shown]) -> None:
         percent = dead.loc[dead["label"] == label, "dead_percent"]
         axes.barh(row, percent.mean(), color=each.colour, alpha=0.45, height=0.55)
         axes.plot(percent, [row] * len(percent), linestyle="", marker=each.marker, color=each.colour, markersize=5, clip_on=False)
-    axes.set_yticks(range(len(looks)), [short_label(label, 18) for label in looks])
+    axes.set_yticks(range(len(looks)), [short_label(label, 24) for label in looks])
     axes.set_ylim(len(looks) - 0.4, -0.6)
     axes.set_xlim(0, 1.1 * dead["dead_percent"].max())
     axes.grid(False, axis="y")

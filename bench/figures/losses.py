@@ -5,9 +5,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from bench.figures.seeds import draw_lines, over_seeds, seeds_sentence
-from bench.figures.style import Drawn, Material, Shown, image_axis, legend_beside, log_loss_axis, new_figure
+from bench.figures.style import Drawn, Material, Shown, image_axis, legend_beside, log_loss_axis, new_figure, short_label
 
 SMOOTHING = 0.04  # half the width of the moving mean, as a part of the curve
+OUTLYING_PERCENT, FAR = 5, 1.6  # of an axis: so much at either end may be cut, where all would make it so many times as long
 TRAINING_LOSS = "denoising loss (mse + vb)"
 HELDOUT_LOSS = "denoising loss (mse)"
 
@@ -71,9 +72,16 @@ def to_baseline(curves: list[tuple[Shown, pd.DataFrame]], at: list[str], baselin
 
 
 def name_difference(axes: Axes, baseline: str) -> None:
+    """Where a few points lie far from all others, the axis ends before them, and says so."""
+    values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axes.lines])
+    low, high = np.nanpercentile(values, [OUTLYING_PERCENT, 100 - OUTLYING_PERCENT])
+    margin = 0.15 * (high - low)
+    is_cut = margin > 0 and np.nanmax(values) - np.nanmin(values) > FAR * (high - low)
+    if is_cut:
+        axes.set_ylim(max(np.nanmin(values), low) - margin, min(np.nanmax(values), high) + margin)
     axes.axhline(0, color="black", linewidth=1.0, zorder=1)
-    axes.set_title(f"Difference to {baseline} (below 0: better)")
-    axes.set_ylabel("difference (%)")
+    axes.set_title(f"Difference to {short_label(baseline, 26)} (below 0: better)")
+    axes.set_ylabel("difference (%), lines leave the axis" if is_cut else "difference (%)")
 
 
 def difference_sentence(material: Material, difference: pd.DataFrame) -> str:

@@ -22,6 +22,7 @@ class Panel(NamedTuple):
     title: str
     edges: np.ndarray  # (expert + 1,)
     values: np.ndarray
+    is_published: bool
 
 
 def published_mixing(table: PublishedTable) -> list[Drawn]:
@@ -38,7 +39,16 @@ def published_mixing(table: PublishedTable) -> list[Drawn]:
     colours = ScalarMappable(Normalize(0, 1), SEQUENTIAL)
     figure.colorbar(colours, ax=list(all_axes), label="coefficient", aspect=12 * len(panels), pad=0.015)
     figure.suptitle(table.title)
-    return [Drawn(f"{table.name}.mixing_coefficients", figure, pd.concat(map(_data, panels), ignore_index=True))]
+    data = pd.concat(map(_data, panels), ignore_index=True)
+    return [Drawn(f"{table.name}.mixing_coefficients", figure, data, _caption(table, panels))]
+
+
+def _caption(table: PublishedTable, panels: list[Panel]) -> str:
+    ours = "none of ours is run" if all(panel.is_published for panel in panels) else "ours below, as the mean over seeds"
+    return (
+        "How much of each basis (row) is in the expert of each interval of timesteps, at the end of training: as published in "
+        f"{table.paper}, {ours}. Bases have no order of their own: compare patterns, not rows."
+    )
 
 
 def _panels(section: Section) -> list[Panel]:
@@ -49,12 +59,13 @@ def _panels(section: Section) -> list[Panel]:
     edges = np.array([ranges[0][0], *(stop for _, stop in ranges)])
     cells = [row.cells for row in section.rows]
     published = np.array([[float(cell.published) for cell in row] for row in cells])
-    panels = [Panel(f"{section.title}, published", edges, published)]
+    kinds = ", ".join(sorted({cell.confidence for row in cells for cell in row} - {"primary"}))
+    panels = [Panel(f"{section.title}, published{f' ({kinds})' * bool(kinds)}", edges, published, True)]
     if all(cell.values for row in cells for cell in row):
         num_seeds = {len(cell.values) for row in cells for cell in row}
         seeds = f"{num_seeds.pop()} seeds" if num_seeds != {1} else "one seed"
         ours = np.array([[_mean(cell) for cell in row] for row in cells])
-        panels.append(Panel(f"{section.title}, ours ({seeds})", edges, ours))
+        panels.append(Panel(f"{section.title}, ours ({seeds})", edges, ours, False))
     return panels
 
 

@@ -17,6 +17,8 @@ from bench.tables.formats import escape_latex, escape_markdown
 
 ARROWS = {"lower": " ↓", "higher": " ↑", "": ""}
 BLOCKS = ("cost", "quality")
+TERMINAL = 78  # columns of a narrow one
+NO_BREAK = "\N{NO-BREAK SPACE}"
 SETTINGS = ("Setting", "Paper", "Ours")
 CSV_COLUMNS = ("table", "section", "row", "metric", "published", "confidence", "source", "ours", "ours_from", "num_seeds")
 
@@ -118,19 +120,51 @@ def to_rich(table: PublishedTable) -> Group:
         parts.append(Text(f"\n{section.title}", style="bold"))
         for block in BLOCKS:
             shown = grid(section, [block])
+            shown = shown._replace(
+                headings=[heading.replace(" ↓", f"{NO_BREAK}↓").replace(" ↑", f"{NO_BREAK}↑") for heading in shown.headings]
+            )
             if len(shown.headings) == 1:
                 continue
-            drawn = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-            for place, (heading, ours) in enumerate(zip(shown.headings, shown.is_ours, strict=True)):
-                drawn.add_column(heading, justify="right" if place else "left", vertical="bottom", style="cyan" if ours else "")
-            for row in shown.rows:
-                drawn.add_row(*row)
-            parts.append(drawn)
+            parts += [_rich_table(shown, columns) for columns in _side_by_side(shown)]
     settings = RichTable(*SETTINGS, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    settings.columns[0].no_wrap = True  # names are there to be typed
     for setting in table.settings:
         settings.add_row(*setting)
     parts += [settings, *(Text(note, style="dim") for note in table.notes)]
     return Group(*parts, Text("Deviations of ours", style="bold"), *(Text(f"- {text}") for text in table.deviations))
+
+
+def _rich_table(shown: Grid, columns: Sequence[int]) -> RichTable:
+    """Some columns of a section, beside the names of its rows."""
+    drawn = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    drawn.add_column(shown.headings[0], vertical="bottom", min_width=_width(shown, 0) - 2)
+    for i in columns:
+        style = "cyan" if shown.is_ours[i] else ""
+        drawn.add_column(shown.headings[i], justify="right", vertical="bottom", style=style, width=_width(shown, i) - 2)
+    for row in shown.rows:
+        drawn.add_row(row[0], *(row[i] for i in columns))
+    return drawn
+
+
+def _side_by_side(shown: Grid) -> list[list[int]]:
+    """The columns in as many tables as it takes for none to be cut in a narrow terminal; ours stay beside the published."""
+    tables: list[list[int]] = [[]]
+    widths = [_width(shown, i) for i in range(len(shown.headings))]
+    left = TERMINAL - widths[0]
+    for i in range(1, len(widths)):
+        pair = widths[i] + (widths[i + 1] if shown.is_ours[i + 1 : i + 2] == [True] else 0)
+        if pair > left and not shown.is_ours[i] and tables[-1]:
+            tables.append([])
+            left = TERMINAL - widths[0]
+        tables[-1].append(i)
+        left -= widths[i]
+    return tables
+
+
+def _width(shown: Grid, column: int) -> int:
+    """With which no word and no number is cut."""
+    words = [word for text in (shown.headings[column], *(row[column] for row in shown.rows)) for word in text.split(" ")]
+    return max(map(len, words), default=0) + 2
 
 
 def _tabular(columns: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

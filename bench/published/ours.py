@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from bench.config import NOT_SCIENTIFIC, RunConfig, content_hash
-from bench.runs import Run
+from bench.config import RunConfig
+from bench.runs import Run, hash_of_settings
 from bench.tables.fairness import TableRefusal, differing_fields
 
 SCORING = ("extractor", "num_samples", "sampler", "steps", "eta", "guidance_scale", "guidance_channels")
@@ -21,11 +21,19 @@ class OwnRuns:
     """The finished runs of a folder. `protocols` and `notes` gather what was used and what could not be."""
 
     runs: dict[str, list[Run]]  # by the hash of the settings
+    configs: dict[str, dict[str, Any]]  # of the suite's runs, by id
     protocols: dict[str, Any] = field(default_factory=dict)  # hash -> protocol
     notes: list[str] = field(default_factory=list)
 
     def of(self, config: RunConfig) -> list[Run]:
-        return self.runs.get(settings_hash(config), [])
+        return self.runs.get(self.settings_hash(config), [])
+
+    def settings_hash(self, config: RunConfig) -> str:
+        """As `Run.config_hash`: the same for runs that differ in nothing but the seed."""
+        return hash_of_settings(asdict(config), lambda run_id: self.configs.get(run_id, {}))
+
+    def hash_of_run(self, run: Run) -> str:
+        return hash_of_settings(run.config, lambda run_id: run.config_beside(run_id) or self.configs.get(run_id, {}))
 
     def values(self, config: RunConfig, metric: str, expert: int | None = None) -> list[float]:
         """One value a seed, of the runs that have it; `metric` is a cost, a score or, of an `expert`, a mixing coefficient."""
@@ -82,18 +90,14 @@ class OwnRuns:
 
 def gather(runs: Iterable[Run], configs: Sequence[RunConfig]) -> OwnRuns:
     """The runs that have the settings of one of `configs`; those that are not done are named in a note."""
-    wanted = {settings_hash(config) for config in configs}
-    own = OwnRuns(defaultdict(list))
+    own = OwnRuns(defaultdict(list), {config.run_id: asdict(config) for config in configs})
+    wanted = {own.settings_hash(config) for config in configs}
     for run in runs:
-        if run.config_hash not in wanted:
+        settings = own.hash_of_run(run)
+        if settings not in wanted:
             continue
         if run.state == "done":
-            own.runs[run.config_hash].append(run)
+            own.runs[settings].append(run)
         else:
             own.notes.append(f"Run {run.run_id} is {run.state}, not done, and is left out.")
     return own
-
-
-def settings_hash(config: RunConfig) -> str:
-    """As `Run.config_hash`: the same for runs that differ in nothing but the seed."""
-    return content_hash({key: value for key, value in asdict(config).items() if key not in (*NOT_SCIENTIFIC, "seed")})
