@@ -1,0 +1,1 @@
+"""How fast does each method train and sample, beside plain code that is timed in the same run?"""

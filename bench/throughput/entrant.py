@@ -1,0 +1,126 @@
+"""What does a contestant do when it is timed? The trainer's own step, and the sampler's, on latents that lie on the device.
+
+Training: forward, loss, backward, optimiser and average, by `Trainer.step`. Sampling: the specialised network, guided
+with both halves in one batch, and the step of the walk. Batches are drawn before, as training draws them, over up to
+`MOST_BATCHES` of the method's intervals; weights are the initial ones.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench import job
+from bench.config import RunConfig
+from bench.data import DataSource
+from bench.data.source import TensorImages
+from bench.diffusion import guide
+from bench.flops import Cost, measure
+from bench.intervals import interval_at_step
+from bench.memory import training_bytes
+from bench.method import Method
+from bench.randomness import draw_batch
+from bench.sample import make_sampler
+from bench.throughput.contest import CHANNELS, INPUT_SIZE, NUM_CLASSES, Contestant, Setup, config_of
+from bench.throughput.memory import Memory
+from bench.trainer import Trainer
+
+MOST_BATCHES = 4
+NUM_IMAGES = 1024
+
+
+class Plain(NamedTuple):
+    """How a contestant becomes one in plain code."""
+
+    method: Callable[[Method], Method]  # the same weights
+    updates: Callable[[Trainer], None]  # gives a trainer another optimiser and average
+
+
+def synthetic_latents() -> DataSource:
+    source = torch.Generator().manual_seed(0)
+    images = torch.randn(NUM_IMAGES, CHANNELS, INPUT_SIZE, INPUT_SIZE, generator=source)
+    labels = torch.randint(NUM_CLASSES, (NUM_IMAGES,), generator=source)
+    part = TensorImages(images, labels)
+    return DataSource("synthetic latents", NUM_CLASSES, CHANNELS, INPUT_SIZE, part, part, lambda: "synthetic", pixels=False)
+
+
+class Need(NamedTuple):
+    """Of a method in a setting; counted, without allocating it. That of a plain version is that of the method."""
+
+    cost: Cost
+    memory_bytes: int  # in training: an estimate
+
+
+def need_of(contestant: Contestant, setup: Setup) -> Need:
+    with torch.device("meta"):
+        method = job.build_method(config_of(contestant, setup), synthetic_latents())
+    shape = (CHANNELS, INPUT_SIZE, INPUT_SIZE)
+    return Need(measure(method, shape, NUM_CLASSES), training_bytes(method, shape, contestant.batch_size))
+
+
+class Entrant:
+    """A contestant that is built and warm."""
+
+    def __init__(self, contestant: Contestant, setup: Setup, need: Need, plain: Plain) -> None:
+        config, data, device = config_of(contestant, setup), synthetic_latents(), torch.device(setup.device)
+        memory = Memory(device)
+        memory.expect(need.memory_bytes)
+        method = job.build_method(config, data)
+        trainer = Trainer(plain.method(method) if contestant.plain else method, config, data, cost=need.cost)
+        if contestant.plain:
+            plain.updates(trainer)
+        self.contestant, self.trainer = contestant, trainer
+        self.train = training_step(trainer, data)
+        self.num_warmup = min(MOST_BATCHES, max(2, len(trainer.intervals)))
+        for _ in range(self.num_warmup):  # every interval once: states are made and code is compiled when they are first met
+            self.train()
+        self.settle()
+        self.peak_memory_bytes, self.memory_kind = memory.peak_bytes(), memory.kind
+        self.sample = sampling_step(trainer.method, config, data, device)
+        self.sample()
+        self.sample()
+
+    def settle(self) -> None:
+        """What the trainer does now and then: look at the losses, and forget them."""
+        self.trainer.flush()
+
+
+def training_step(trainer: Trainer, data: DataSource) -> Callable[[], object]:
+    """One step of the trainer on the next of a few batches."""
+    num_batches = min(MOST_BATCHES, max(2, len(trainer.intervals)))
+    batches = []
+    for step in range(num_batches):
+        interval = interval_at_step(step, trainer.intervals, trainer.config.seed)
+        batches.append(draw_batch(step, interval, trainer.config, data, 0.5).to(trainer.device))
+    following = itertools.cycle(batches)
+    return lambda: trainer.step(next(following))
+
+
+def sampling_step(method: Method, config: RunConfig, data: DataSource, device: torch.device) -> Callable[[], object]:
+    """One step of the walk near its middle, for a batch of images."""
+    sampler = make_sampler(config.diffusion, config.evaluation, config.model, data)
+    walk, size = sampler.walk.of_block(), config.evaluation.block_size
+    place = len(walk.times) // 2
+    timestep = int(walk.times[place])
+    interval = next(each for each in method.intervals if each.start <= timestep < each.stop)
+    with torch.no_grad():
+        denoiser = method.specialise(interval)
+    if config.system.compile_sampling:
+        denoiser = torch.compile(denoiser, dynamic=False)
+    x, t = torch.randn(size, *sampler.image_shape, device=device), torch.full((size,), timestep, device=device)
+    labels, noise = torch.arange(size, device=device) % data.num_classes, torch.randn_like(x)
+    no_label, scale = torch.full_like(labels, data.num_classes), config.evaluation.guidance_scale
+    doubled = torch.cat([x, x]), torch.cat([t, t]), torch.cat([labels, no_label])
+
+    def evaluate(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return denoiser(x, t, y).float()
+
+    @torch.no_grad()
+    def step() -> Tensor:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.evaluation.precision == "bf16"):
+            output = evaluate(x, t, labels) if scale == 1 else guide(evaluate, *doubled, scale, sampler.image_shape[0])[:size]
+            return walk.step(place, output, x, noise)
+
+    return step

@@ -1,0 +1,240 @@
+"""What does `tsbench throughput` write and print, and what does it refuse?"""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from bench import cli
+from bench.figures import style
+from bench.figures.speed import speed
+from bench.throughput import parts
+from bench.throughput.contest import Setup
+from bench.throughput.parts import LOADER, batch_of_files, loader, measure_parts
+from bench.throughput.report import frame_of, to_rich
+from methods.naive_parts import PARTS, mixing_forward, mixing_forward_and_backward, optimiser_and_average
+from methods.remix_dit import RemixDiT
+
+SIZE = "2x16x2/8"
+TINY = ("--size", SIZE, "--batch", "4", "--repeats", "2", "--seconds", "0", "--threads", "1")
+FACTS = ("device", "threads", "date", "commit", "dirty", "torch", "cuda", "driver", "python", "settings")
+COLUMNS = (
+    *("what", "method", "code", "size", "batch_size", "precision", "compile", "beside", "note", "rounds"),
+    *("step_seconds", "step_seconds_low", "step_seconds_high", "guidance_scale", "images_per_second"),
+    *("forward_macs_per_image", "flops_per_second", "mfu", "mfu_of_vendor_peak"),
+    *("peak_flops_per_second", "vendor_flops_per_second"),
+    *("speed_over_naive", "speed_over_naive_low", "speed_over_naive_high", "peak_memory_bytes", "memory"),
+)
+
+
+def throughput(*arguments):
+    return cli.main(["throughput", *arguments])
+
+
+def test_the_csv_the_figure_and_the_table(tmp_path, capsys):
+    out = tmp_path / "new" / "cpu.csv"
+    arguments = ("--methods", "dense", "dit_moe:experts=4,top_k=1", "--out", str(out), "--profile", str(tmp_path / "profile"))
+    assert throughput(*TINY, *arguments, "train.beta2=0.95") == 0
+    frame = pd.read_csv(out, keep_default_na=True)
+    assert list(frame) == [*COLUMNS, *FACTS]
+    assert len(frame) == 2 * 2 * 2
+    assert set(frame["torch"]) == {torch.__version__} and set(frame["threads"]) == {1}
+    assert set(frame["settings"]) == {"train.beta2=0.95"} and frame["device"].notna().all()
+    ours = frame[frame["code"] == "ours"]
+    assert (ours["speed_over_naive"] > 0).all() and frame[frame["code"] == "naive"]["speed_over_naive"].isna().all()
+    assert {path.name for path in out.parent.iterdir()} == {"cpu.csv", "cpu.png", "cpu.pdf"}
+    printed = capsys.readouterr().out
+    assert "training step, 2x16x2/8, batch 4" in printed and "dit_moe:experts=4,top_k=1 fp32 naive" in printed
+    assert str(out) in printed and "aten::" in printed
+    traces = sorted((tmp_path / "profile").glob("*.json"))
+    assert len(traces) == 8 and len(list((tmp_path / "profile").glob("*.txt"))) == 8
+    assert json.loads(traces[0].read_text())["traceEvents"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--batch", "0"), "--batch is 0: give at least 1"),
+        (("--precision", "fp8"), "choose from fp32, bf16"),
+        (("--methods", "other"), "'other' is not known"),
+        (("--methods", "dtr:gamma=1"), "has no option gamma"),
+        (("--against", "other"), "'other' is not known"),
+        (("--size", "Q/2"), "'Q/2' is not known"),
+        (("--size", "2x15x2/8"), "15"),
+        (("--repeats", "0"), "--repeats is 0"),
+        (("--guidance", "nan"), "--guidance is nan"),
+        (("--out", "figures.png"), "ends in .csv"),
+        (("--device", "cuda:99"), "cannot be used here"),
+        (("--compile", "everything"), "system.compile is 'everything'"),
+        (("model.widht=3",), "no setting model.widht"),
+        (("--parts", "--methods", "dense"), "leave out"),
+    ],
+)
+def test_what_is_not_allowed_is_refused_in_one_sentence(arguments, words, capsys):
+    assert throughput(*TINY, *arguments) == 2
+    refusal = capsys.readouterr().err.splitlines()[-1]
+    assert refusal.startswith("tsbench: ") and words in refusal
+
+
+# Parts
+
+
+def test_parts_are_timed_beside_plain_code(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(parts, "NUM_FILES", 8)
+    out = tmp_path / "parts.csv"
+    assert throughput("--parts", *TINY, "--out", str(out)) == 0
+    frame = pd.read_csv(out)
+    assert [tuple(row) for row in frame[["what", "code"]].to_numpy()] == [
+        (what, code) for what in (*PARTS, LOADER) for code in ("ours", "naive")
+    ]
+    assert (frame[frame["code"] == "ours"]["speed_over_naive"] > 0).all() and (frame["rounds"] == 2).all()
+    assert (tmp_path / "parts.png").is_file() and "mixture of 8 experts" in capsys.readouterr().out
+
+
+def test_a_part_that_runs_out_of_memory_says_so():
+    def too_large(size, batch_size, device):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    rows = measure_parts({"large": too_large}, [SIZE], [4], ["fp32"], Setup(), 1, 0.0)
+    assert [row["note"] for row in rows if row["what"] == "large"] == ["out of memory: CUDA out of memory"] * 2
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_both_mixtures_have_the_same_gradients(small):
+    torch.manual_seed(0)
+    ours, plain = PARTS["mixture of 32 small experts" if small else "mixture of 8 experts"](SIZE, 3, torch.device("cpu"))
+    for one, other in zip(ours(), plain(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    assert len(ours()) == 4  # tokens, router, and the experts' two stacks
+
+
+def test_small_experts_do_the_same_arithmetic():
+    sizes = []
+    for name in ("mixture of 8 experts", "mixture of 32 small experts"):
+        tokens, *stacks, router = PARTS[name](SIZE, 1, torch.device("cpu"))[0]()
+        sizes.append((tokens.shape, sum(stack.numel() for stack in stacks)))
+        assert {len(stack) for stack in stacks} == {len(router)}
+    assert sizes[0] == sizes[1]  # 4 times as many experts, each a quarter
+
+
+def test_both_mixers_give_the_same_weights():
+    ours, plain = mixing_forward(SIZE, 4, torch.device("cpu"))
+    mixed = [tensor for pair in ours() for tensor in pair]
+    assert len(mixed) == 2 * 4 * 2  # blocks, linears, weight and bias
+    for one, other in zip(mixed, plain(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_both_mixers_give_the_same_gradients(monkeypatch):
+    built = []
+    original = RemixDiT.__init__
+
+    def kept(self, *arguments, **options):
+        original(self, *arguments, **options)
+        built.append(self)
+
+    monkeypatch.setattr(RemixDiT, "__init__", kept)
+    ours, plain = mixing_forward_and_backward(SIZE, 4, torch.device("cpu"))
+    gradients = []
+    for run in (ours, plain):
+        for parameter in built[0].parameters():
+            parameter.grad = None
+        run()
+        gradients.append({name: p.grad.clone() for name, p in built[0].named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and "logits" in gradients[0]
+    for name, gradient in gradients[1].items():
+        torch.testing.assert_close(gradients[0][name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_both_optimisers_update_alike(monkeypatch):
+    twins = []
+    original = torch.optim.Optimizer.add_param_group
+    monkeypatch.setattr(
+        torch.optim.Optimizer, "add_param_group", lambda self, group: (original(self, group), twins.append(group["params"]))[0]
+    )
+    ours, plain = optimiser_and_average(SIZE, 4, torch.device("cpu"))
+    for one, other in zip(*twins, strict=True):
+        other.grad = one.grad.clone()
+    before = twins[0][0].detach().clone()
+    ours(), plain()
+    assert not torch.equal(twins[0][0], before)
+    for one, other in zip(*twins, strict=True):
+        assert isinstance(one, nn.Parameter)
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_both_loaders_read_the_same_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "NUM_FILES", 16)
+    drawn = []
+    randint = torch.randint
+    monkeypatch.setattr(torch, "randint", lambda *size, **options: drawn.append(randint(*size, **options)) or drawn[-1])
+    ours, plain = loader(tmp_path)("any", 6, torch.device("cpu"))
+    gathered, one_by_one = ours(), plain()
+    paths = sorted(tmp_path.glob("0*.npy"))
+    assert gathered.shape == one_by_one.shape == (6, 4, 32, 32) and len(paths) == 16
+    assert torch.equal(gathered, batch_of_files(paths, drawn[0]))
+    assert torch.equal(one_by_one, batch_of_files(paths, drawn[1]))
+
+
+# What is shown
+
+
+def row(method, code, seconds, **others):
+    times = {"step_seconds": seconds, "step_seconds_low": seconds, "step_seconds_high": 2 * seconds}
+    facts = {
+        "what": "training step",
+        "size": SIZE,
+        "batch_size": 4,
+        "precision": "fp32",
+        "compile": "off",
+        "beside": "",
+        "note": "",
+    }
+    return {**facts, "method": method, "code": code, **times, "images_per_second": 4 / seconds, **others}
+
+
+def test_bars_are_images_per_second_with_quartiles():
+    frame = frame_of([row("one", "ours", 0.5), row("one", "naive", 1.0), row("other", "ours", 0.25)], {"device": "a device"})
+    with style.settings():
+        (drawn,) = speed(frame, "cpu")
+    (axes,) = drawn.figure.axes
+    widths = sorted(patch.get_width() for patch in axes.patches if patch.get_width() > 0 and patch.get_height() > 0)
+    assert widths[-3:] == [4.0, 8.0, 16.0]
+    whiskers = sorted(tuple(sorted(line.get_xdata())) for line in axes.lines if len(line.get_xdata()) == 2)
+    assert whiskers[:1] == [(2.0, 4.0)] and (8.0, 16.0) in whiskers
+    assert drawn.data is None  # the CSV beside it holds what it shows
+    assert "a device" in drawn.figure.get_suptitle()
+
+
+def test_a_baseline_is_drawn_once():
+    frame = frame_of(
+        [
+            row("one", "ours", 0.5, beside="one"),
+            row("base", "ours", 0.25, beside="one"),
+            row("base", "ours", 0.125, beside="base"),
+            row("other", "ours", 1.0, beside="other"),
+            row("third", "ours", 2.0, beside="one"),
+            row("third", "ours", 3.0, beside="other"),
+        ],
+        {"device": "a device"},
+    )
+    with style.settings():
+        (drawn,) = speed(frame, "cpu")
+    labels = [label.get_text().split()[0] for label in drawn.figure.axes[0].get_yticklabels()]
+    assert labels == ["one", "base", "other", "third"]
+    texts = {text.get_text() for text in drawn.figure.axes[0].texts}
+    assert texts == {"8", "32", "4", "2"}
+
+
+def test_what_could_not_be_timed_is_not_drawn_but_named():
+    failed = row("one", "ours", np.nan, note="out of memory: 3 GB")
+    frame = frame_of([failed], {"device": "a device"})
+    assert speed(frame, "cpu") == []
+    console = Console(width=140)
+    with console.capture() as captured:
+        console.print(to_rich(frame))
+    assert "out of memory: 3 GB" in captured.get() and "–" in captured.get()
