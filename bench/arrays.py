@@ -34,7 +34,7 @@ def read_diagnostics(path: Path) -> dict[str, Diagnostic]:
     file = Path(path) / "diagnostics.npz"
     if not file.exists():
         return {}
-    arrays = _read_npz(file)
+    arrays = read_arrays(file)
     found = {}
     for name in (key for key in arrays if "/" not in key):
         axes = tuple(str(axis) for axis in arrays.get(f"{name}/axes", ()))
@@ -51,7 +51,7 @@ def read_samples(path: Path) -> np.ndarray | None:
     file = Path(path) / "samples.npz"
     if not file.exists():
         return None
-    images = _read_npz(file).get("arr_0")
+    images = read_arrays(file).get("arr_0")
     if images is None or images.ndim != 4 or images.dtype != np.uint8:
         raise ValueError(f"{file} holds no uint8 images arr_0 (n, H, W, C): delete it and sample the run again")
     return images
@@ -69,7 +69,7 @@ def read_trajectory(path: Path) -> Trajectory | None:
     file = Path(path) / "trajectory.npz"
     if not file.exists():
         return None
-    arrays = _read_npz(file)
+    arrays = read_arrays(file)
     missing = [name for name in Trajectory._fields if name not in arrays]
     if missing:
         raise ValueError(f"{file} lacks {', '.join(missing)}: delete it and score the run again")
@@ -82,7 +82,10 @@ def read_trajectory(path: Path) -> Trajectory | None:
     return found
 
 
-def _read_npz(file: Path) -> dict[str, np.ndarray]:
+def read_arrays(file: Path) -> dict[str, np.ndarray]:
+    """All arrays of an npz file; empty if there is none."""
+    if not file.exists():
+        return {}
     try:
         with open(file, "rb") as stream, np.load(stream, allow_pickle=False) as stored:
             return {key: stored[key] for key in stored.files}

@@ -95,12 +95,23 @@ def load_latest(folder: Path) -> Checkpoint | None:
 
 
 def _digest(tensors: dict[str, Tensor], counters: dict[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(counters, sort_keys=True).encode())
+    digest = digest_of(counters)
     for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        take_in(digest, name, tensors[name])
     return digest.hexdigest()
+
+
+def digest_of(counters: dict[str, Any]) -> "hashlib._Hash":
+    """A checkpoint's digest, before its tensors are taken in by the order of their names."""
+    return hashlib.sha256(json.dumps(counters, sort_keys=True).encode())
+
+
+def take_in(digest: "hashlib._Hash", name: str, tensor: Tensor) -> memoryview:
+    """The tensor's bytes. It must be contiguous, and on the CPU."""
+    content = tensor.reshape(-1).view(torch.uint8).numpy().data
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(content)
+    return content
 
 
 def _short(error: Exception) -> str:

@@ -16,7 +16,8 @@ from typing import NoReturn
 
 from rich.console import Console
 
-from bench import result_commands, sweeps
+from bench import data_commands, plan, result_commands, sweeps
+from bench.throughput import command as throughput
 
 RESULTS = Path("results")
 DESCRIPTION = "Timestep-specialised diffusion transformers under one trainer, at equal budgets, scored by one frozen protocol."
@@ -138,6 +139,7 @@ def make_parser() -> Parser:
     train.add_argument("--expert", type=int, help="with system.experts=separate_jobs: train only this one, from 0 on")
     train.set_defaults(run=run_train)
 
+    plan.add_parser(commands)
     sweeps.add_parsers(commands)
 
     sample = commands.add_parser("sample", help="draw images from a trained run", description="Draw images from a trained run.")
@@ -157,7 +159,9 @@ def make_parser() -> Parser:
     evaluate.add_argument("settings", nargs="*", metavar="key=value", help="for example evaluation.steps=250")
     evaluate.set_defaults(run=run_evaluate)
 
+    data_commands.add_parsers(commands)
     result_commands.add_parsers(commands)
+    throughput.add_parser(commands, run_throughput)
     return parser
 
 
@@ -277,3 +281,12 @@ def run_evaluate(parsed: argparse.Namespace) -> int:
     trained.evaluate_again(parsed.folder, parsed.settings)
     print_run(parsed.folder)
     return 0
+
+
+def run_throughput(parsed: argparse.Namespace) -> int:
+    from bench.throughput.entrant import Plain
+    from methods.naive import make_plain
+    from methods.naive_parts import PARTS
+    from methods.naive_updates import loop_updates
+
+    return throughput.run(parsed, Plain(make_plain, loop_updates), PARTS)

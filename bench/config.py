@@ -14,7 +14,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from bench import switches
+
 NOT_SCIENTIFIC = ("label", "evaluation", "system")
+RUN = "run:"  # before the id of a run, as a value of train.init_from
+ONLY_WHEN_SET = ("guidance_start", "guidance_stop", "solver")  # of a protocol: what came later, and has no part in older hashes
 MAX_SEED = 2**63 - 1
 
 
@@ -143,11 +147,14 @@ class EvaluationConfig:
     """How a trained run is sampled and scored; see `bench.evaluate` for the frozen protocol that this becomes."""
 
     num_samples: int = 500
-    sampler: str = "ancestral"  # ancestral, ddim, euler (rectified flow)
+    sampler: str = "ancestral"  # ancestral, ddim, dpm_solver (second order, by diffusers), euler (rectified flow)
     steps: str = "ddim50"  # a count, spread from the first timestep to the last; ddimS: every T/S-th from 0; a,b,c: by sections
     eta: float = 0.0  # ddim
     guidance_scale: float = 1.0
     guidance_channels: int = 0  # how many output channels are guided; 0: all that are predicted
+    guidance_start: int = 0  # guided where start <= timestep < stop (arXiv 2404.07724), and conditional alone elsewhere
+    guidance_stop: int = 0  # 0: up to the last timestep
+    precision: str = "fp32"  # of the network that is sampled: fp32, bf16 (autocast)
     seed: int = 0
     block_size: int = 50  # consecutive images drawn together; part of what a sample is
     extractor: str = "digits"  # digits, inception
@@ -157,11 +164,12 @@ class EvaluationConfig:
     curve_every: int = 0  # score also the weights at every n-th of heldout.points; 0: only those at the end
 
     def __post_init__(self) -> None:
-        _choice("evaluation.sampler", self.sampler, ("ancestral", "ddim", "euler"))
+        _choice("evaluation.sampler", self.sampler, ("ancestral", "ddim", "dpm_solver", "euler"))
+        _choice("evaluation.precision", self.precision, ("fp32", "bf16"))
         _choice("evaluation.extractor", self.extractor, ("digits", "inception"))
         for name in ("num_samples", "block_size", "kid_subset_size"):
             _between(f"evaluation.{name}", getattr(self, name), 1, 10_000_000)
-        for name in ("guidance_scale", "guidance_channels", "curve_every"):
+        for name in ("guidance_scale", "guidance_channels", "guidance_start", "guidance_stop", "curve_every"):
             _between(f"evaluation.{name}", getattr(self, name), 0)
         _between("evaluation.eta", self.eta, 0, 1)
         _between("evaluation.seed", self.seed, 0, MAX_SEED)
@@ -175,12 +183,29 @@ class SystemConfig:
     log_every: int = 50  # steps
     checkpoint_every_seconds: float = 60.0
     checkpoint_every: int = 0  # steps; 0: by time only
+    resident_gb: float = 2.0  # training images of at most this size are kept on the GPU; 0: none
+    compile_sampling: bool = False  # a compiled network draws the images, equal up to rounding
+    keep_samples: int = 0  # images in samples.npz, the others go straight into features; 0: all
     experts: str = "together"  # separate_jobs: each in a job of its own, which needs no other; they are assembled at the end
+    compile: str = "none"  # blocks: each block by torch.compile while training; cuda_graphs: replayed, too (on a GPU)
+    plain: str = ""  # optimisations to do without, by name, with commas between them: see `bench.switches`
+    shard: str = "none"  # full: each rank holds its part of all weights, gradients, moments and averages (FSDP2)
+    recompute: bool = False  # blocks are computed again in the backward pass, instead of keeping what is inside them
 
     def __post_init__(self) -> None:
         _choice("system.experts", self.experts, ("together", "separate_jobs"))
+        _choice("system.shard", self.shard, ("none", "full"))
+        _choice("system.compile", self.compile, ("none", "blocks", "cuda_graphs"))
+        try:
+            switches.parse(self.plain)
+        except ValueError as error:
+            raise ValueError(f"system.plain: {error}") from None
+        if self.shard == "full" and self.experts == "separate_jobs":
+            raise ValueError(
+                "system.shard is full and system.experts separate_jobs, which do not go together: choose one of them"
+            )
         _between("system.log_every", self.log_every, 1)
-        for name in ("checkpoint_every", "checkpoint_every_seconds"):
+        for name in ("checkpoint_every", "checkpoint_every_seconds", "resident_gb", "keep_samples"):
             _between(f"system.{name}", getattr(self, name), 0)
 
 

@@ -31,10 +31,20 @@ def mean_and_covariance(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def nearest_neighbour(samples: Tensor, train: ImageSet, device: str = "cpu", world: World | None = None) -> float:
-    """Mean over samples (uint8 (n, C, H, W)) of the RMS pixel distance, pixels in 0..1, to the nearest training image.
+    """Mean over samples (uint8 (n, C, H, W)) of the RMS pixel distance, pixels in 0..1, to the nearest training image."""
+    return rms_distance(nearest_squared(samples, train, device, world), samples[0].numel())
+
+
+def rms_distance(squared: Tensor, num_values: int) -> float:
+    """Mean RMS distance, pixels in 0..1, from squared distances (n,) of images of `num_values` pixels in 0..255."""
+    return (squared / num_values).sqrt().mean().item() / 255.0
+
+
+def nearest_squared(samples: Tensor, train: ImageSet, device: str = "cpu", world: World | None = None) -> Tensor:
+    """(n,) float64: squared distance, in pixels of 0..255, of each sample (uint8 (n, C, H, W)) to the nearest training image.
 
     Exact: squares of integers are summed in float64, so that a copy has distance 0 and the order does not count. Ranks
-    share the training images; all get the distance.
+    share the training images; all get the distances.
     """
     world = world or World()
     nearest = torch.full((len(samples),), float("inf"), dtype=torch.float64)
@@ -45,8 +55,7 @@ def nearest_neighbour(samples: Tensor, train: ImageSet, device: str = "cpu", wor
                 part = samples[start : start + NEIGHBOUR_CHUNK].flatten(1).to(device).double()
                 squared = part.square().sum(1, keepdim=True) + real.square().sum(1) - 2 * part @ real.T  # (n, m)
                 nearest[start : start + len(part)] = torch.minimum(nearest[start : start + len(part)], squared.amin(1).cpu())
-    nearest = world.gather(nearest[None]).amin(0)  # over ranks
-    return (nearest / samples[0].numel()).sqrt().mean().item() / 255.0
+    return world.gather(nearest[None]).amin(0)  # over ranks
 
 
 def _root(covariance: Tensor) -> Tensor:

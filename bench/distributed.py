@@ -8,10 +8,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,11 @@ class World:
         """Replace each gradient by its mean over ranks, in one message per dtype.
 
         All ranks train the same interval, so the same parameters have gradients everywhere; the others keep none, and neither
-        optimiser nor average touches them.
+        optimiser nor average touches them. Of sharded parameters the backward pass has already averaged them.
         """
         if self.size == 1:
             return
-        gradients = [p.grad for p in parameters if p.grad is not None]
+        gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
         for dtype in dict.fromkeys(g.dtype for g in gradients):
             of_dtype = [g for g in gradients if g.dtype == dtype]
             flat = torch.cat([g.reshape(-1) for g in of_dtype])
@@ -120,6 +122,26 @@ class World:
         if self.size > 1:
             dist.broadcast(block, src=owner)
         return block
+
+
+def gradient_norm(parameters: list[torch.nn.Parameter]) -> Tensor:
+    """The norm (scalar) of all gradients together, of which a rank may hold its part alone; on every rank."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    cut = [g for g in gradients if isinstance(g, DTensor)]
+    if not cut:
+        return torch.nn.utils.get_total_norm(gradients)
+    of_rest = torch.nn.utils.get_total_norm([g for g in gradients if not isinstance(g, DTensor)])
+    return torch.hypot(whole(torch.nn.utils.get_total_norm(cut)), of_rest.to(cut[0].device))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor; any other, as it is. Writing into it writes into the tensor."""
+    return cast(DTensor, tensor.detach()).to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor, gathered from all ranks, which all must ask for it; any other, as it is."""
+    return cast(DTensor, tensor.detach()).full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class Agreement:

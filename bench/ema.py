@@ -11,6 +11,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from bench import switches
+from bench.distributed import local
 
 
 class EMA:
@@ -36,7 +40,13 @@ class EMA:
             return
         for images_seen, names in by_images.items():
             weight = 1 - self.decay(num_images, images_seen)
-            torch._foreach_lerp_([self.averages[n] for n in names], [self.parameters[n] for n in names], weight)
+            averages = [local(self.averages[n]) for n in names]
+            parameters = [local(self.parameters[n]) for n in names]
+            if switches.is_on("ema"):
+                torch._foreach_lerp_(averages, parameters, weight)
+            else:
+                for average, p in zip(averages, parameters, strict=True):
+                    average.lerp_(p, weight)
 
     def decay(self, num_images: int, images_seen: int) -> float:
         """How much of the average remains after `num_images` more images, `images_seen` in all."""
@@ -45,16 +55,22 @@ class EMA:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the module holds its averages (storage is swapped, nothing is copied)."""
+        """Inside, the module holds its averages (storage is swapped, nothing is copied; of sharded parameters the contents)."""
         self._swap()
         try:
             yield
         finally:
             self._swap()
 
+    @torch.no_grad()
     def _swap(self) -> None:
         for name, average in self.averages.items():
             parameter = self.parameters[name]
+            if isinstance(parameter, DTensor):  # FSDP gathers from the storage that it knows
+                own, kept = local(parameter), local(parameter).clone()
+                own.copy_(local(average))
+                local(average).copy_(kept)
+                continue
             parameter.data, self.averages[name] = average, parameter.data
 
     def state(self) -> dict[str, Tensor]:

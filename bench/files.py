@@ -17,7 +17,12 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 def write_json_atomically(path: Path, value: Any) -> None:
     """As `write_text_atomically`. NaN and infinities are written as Python's json does."""
-    write_text_atomically(path, json.dumps(value, indent=2) + "\n")
+    write_text_atomically(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """What `write_json_atomically` writes."""
+    return json.dumps(value, indent=2) + "\n"
 
 
 def write_bytes_atomically(path: Path, content: bytes) -> None:

@@ -10,7 +10,7 @@ from bench import adm
 from bench.arrays import write_trajectory
 from bench.curve import add_to_curve, is_on_curve, kept_weights, load_weights
 from bench.data import DataSource
-from bench.evaluate import EvalProtocol, score
+from bench.evaluate import EvalProtocol, Seconds, score
 from bench.files import write_json_atomically
 from bench.heldout import heldout_losses
 from bench.method import load_exactly
@@ -18,7 +18,10 @@ from bench.provenance import code_hash
 from bench.run_folder import write_diagnostics
 from bench.runs import Run
 from bench.sample import Sampler, Samples
+from bench.streaming import Stream
 from bench.trainer import Interrupted, Trainer, never
+
+REFERENCES = "references"  # beside the run folders: what samples are compared with, for all runs
 
 
 class Finisher:
@@ -62,14 +65,15 @@ class Finisher:
         """Samples of the weights as they are (those of `step`; by default of the end), and a record of their scores."""
         trainer, protocol = self.trainer, self.protocol
         parts = self.parts / f"{protocol.hash}-{trainer.steps_done if step is None else step}"
-        samples = self.sampler.draw(trainer.method, trainer.device, trainer.world, parts, self._pause)
+        seconds = Seconds()
+        samples, metrics = self._draw_and_score(parts, seconds)
         losses = heldout_losses(trainer.method, trainer.objective, trainer.heldout, trainer.world, trainer.device)
-        self._pause()
         record = {
             "protocol_hash": protocol.hash,
             "protocol": protocol.content,
-            "n": len(samples.images),
-            "metrics": score(samples.images, samples.labels, protocol, self.data, str(trainer.device), trainer.world),
+            "n": protocol.num_samples,
+            "metrics": metrics,
+            "seconds": {"sampling": protocol.num_samples / samples.images_per_second, **seconds},
             "sample_images_per_second": samples.images_per_second,
             "network_evaluations_per_sample": samples.network_evaluations_per_sample,
             "heldout_loss": sum(losses) / len(losses),
@@ -77,6 +81,19 @@ class Finisher:
             "scored": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         return samples, record
+
+    def _draw_and_score(self, parts: Path, seconds: Seconds) -> tuple[Samples, dict[str, float]]:
+        """The samples that are kept, and the scores of all: see `system.keep_samples`."""
+        trainer, num_kept = self.trainer, self.trainer.config.system.keep_samples
+        references = self.folder.parent / REFERENCES
+        where = trainer.device, trainer.world
+        if num_kept:
+            stream = Stream(self.sampler, self.protocol, self.data, num_kept)
+            return stream.run(trainer.method, *where, parts, self._pause, references, seconds)
+        samples = self.sampler.draw(trainer.method, *where, parts, self._pause)
+        self._pause()
+        how = self.protocol, self.data, str(trainer.device), trainer.world, references, seconds
+        return samples, score(samples.images, samples.labels, *how)
 
     def put_score(self, record: dict[str, Any]) -> None:
         """Into `eval.json`, in place of one under the same protocol."""

@@ -4,17 +4,17 @@ Everything that can be refused is refused before anything is written. A run that
 its last checkpoint when the same command is given again.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import checkpoint, experts, lease
+from bench import checkpoint, experts, sharded_run
 from bench.assemble import assemble, summary_of_jobs
-from bench.config import RunConfig
+from bench.config import RUN, RunConfig
 from bench.data import DataSource, load_data
 from bench.distributed import World, world_from_environment
 from bench.evaluate import EvalProtocol, protocol_of
@@ -25,11 +25,11 @@ from bench.method import Method, load_exactly
 from bench.prepare import place_config as place_config
 from bench.prepare import prepare_folder as prepare_folder
 from bench.provenance import code_difference, code_files, imported_methods
-from bench.run_folder import guarded, left_cause, locked, read_back, summary_of
+from bench.run_folder import held, left_cause, read_back, summary_of
+from bench.run_folder import locked as locked
 from bench.runs import Run, expert_folder, read_run
 from bench.sample import make_sampler
 from bench.settings import flat_settings, resolve
-from bench.suite import RUN
 from bench.trainer import Interrupted, Trainer, never
 from methods import METHODS
 from methods.backbone import DiT
@@ -50,8 +50,8 @@ def read_config(folder: Path, overrides: list[str] | None = None) -> RunConfig:
     """The configuration of an existing run folder; ValueError if the overrides would make it another run."""
     tree = read_run(folder).config
     config = make_config(tree)
-    missing = sorted(set(flat_settings(asdict(config))) - set(flat_settings(tree)))
-    if missing:  # a default in its place could be another network
+    missing = sorted(set(flat_settings(config.scientific)) - set(flat_settings(tree)))
+    if missing:  # a default in its place could be another network; of scoring, the protocol's hash would tell
         raise ValueError(
             f"{folder / 'config.yaml'} lacks {', '.join(missing[:5])}: add what the run was started with, or start it again"
         )
@@ -121,9 +121,11 @@ def run(
     world = world or World()
     device = find_device(config.system.device)
     data = load_data(config.data)
-    method, initial_flops = _initial_method(config, data, folder.parent)
+    build_whole = partial(build_method, config, data)
+    sharded = sharded_run.check(config, folder, world, is_trained(folder))
+    method, initial_flops = _initial_method(config, data, folder.parent, world if sharded else None)
     protocol = protocol_of(config.evaluation, data)
-    sampler = make_sampler(config.diffusion, config.evaluation, config.model, data)
+    sampler = make_sampler(config.diffusion, config.evaluation, config.model, data, config.system.compile_sampling)
     apart = _are_apart(config, method, expert)
     experts.check_folder(config, folder)
     if world.decide(_is_scored(folder, protocol), device):
@@ -134,8 +136,9 @@ def run(
                 _train_expert(config, data, folder, world, index, should_stop, is_dead)
         if not world.decide(experts.all_done(folder, len(method.intervals)), device):
             return
-    trainer = Trainer(method, config, data, folder, world, should_stop=should_stop)
-    with _held(trainer, folder, is_dead), left_cause(folder, world):
+    cost = sharded_run.cost_of(build_whole, data) if sharded else None
+    trainer = Trainer(method, config, data, folder, world, cost, should_stop=should_stop)
+    with held(trainer, folder, is_dead), left_cause(folder, world):
         if world.decide(_is_scored(folder, protocol), device):  # meanwhile, by the job of another expert
             return
         if is_trained(folder):
@@ -145,6 +148,8 @@ def run(
             if world.is_main:
                 summary = summary_of_jobs if apart else summary_of
                 write_json_atomically(folder / "summary.json", summary(trainer, initial_flops))
+            if sharded:
+                trainer = sharded_run.gathered(trainer, build_whole)
         Finisher(trainer, sampler, protocol, data, trainer.should_stop).finish()
         if world.is_main:
             read_back(folder)
@@ -177,7 +182,7 @@ def _train_expert(
     trainer = Trainer(method, config, data, place, world, experts=frozenset({index}), should_stop=should_stop)
     if world.is_main:
         experts.begin(config, folder)
-    with _held(trainer, place, is_dead), left_cause(place, world):
+    with held(trainer, place, is_dead), left_cause(place, world):
         experts.train_expert(trainer)
 
 
@@ -187,26 +192,6 @@ def _assemble(trainer: Trainer) -> None:
         assemble(trainer)
     trainer.world.barrier()
     trainer.restore()
-
-
-@contextmanager
-def _held(trainer: Trainer, folder: Path, is_dead: Callable[[str], bool] | None) -> Iterator[None]:
-    """Hold and prepare the folder; inside, the trainer stops at once if another process takes it over."""
-    world, should_stop = trainer.world, trainer.should_stop
-    with ExitStack() as held:
-        refusal: ValueError | None = None
-        if world.is_main:
-            try:
-                ours = held.enter_context(locked(folder, is_dead))
-                prepare_folder(trainer.config, folder, world.size)
-                (folder / "failure.json").unlink(missing_ok=True)
-                trainer.should_stop = guarded(ours, should_stop)
-            except ValueError as error:
-                refusal = error
-        if not world.decide(refusal is None, trainer.device):  # no rank waits for one that has given up
-            kind = lease.Held if world.decide(isinstance(refusal, lease.Held), trainer.device) else ValueError
-            raise refusal or kind(f"rank 0 cannot begin run {folder.name}: see its message")
-        yield
 
 
 def check(config: RunConfig) -> Cost:
@@ -274,10 +259,17 @@ def difference_of(run: Run) -> list[str]:
     return [what for what in changed if not what.startswith("methods/") or what.split()[0] in concerns]
 
 
-def _initial_method(config: RunConfig, data: DataSource, runs_folder: Path) -> tuple[Method, float]:
-    """The method as training begins, and the FLOPs that its initial weights cost elsewhere. `run:ID` is a run in that folder."""
-    method = build_method(config, data)
+def _initial_method(
+    config: RunConfig, data: DataSource, runs_folder: Path, shared_by: World | None = None
+) -> tuple[Method, float]:
+    """The method as training begins, and the FLOPs that its initial weights cost elsewhere. `run:ID` is a run in that folder.
+
+    `shared_by`: the ranks of which each is to have its part.
+    """
     given = config.train.init_from
+    if shared_by:
+        return sharded_run.begin(partial(build_method, config, data), config, shared_by), 0.0
+    method = build_method(config, data)
     if not given:
         return method, 0.0
     source = runs_folder / given.removeprefix(RUN) if given.startswith(RUN) else Path(given)

@@ -1,42 +1,106 @@
 """How much memory will training need? Counted on the meta device, where nothing is allocated.
 
 Weights, gradients, AdamW's two moments and the average, 4 bytes each, and what one micro-batch keeps for its backward
-pass in fp32 (in bf16 that is less: the estimate is then too high). Temporary buffers and the allocator's rounding come on
-top; `peak_memory_bytes` in a run's summary is measured.
+pass in fp32 (in bf16 that is less: the estimate is then too high). Of a sharded run a rank's part of each, and what is
+gathered at a time. Temporary buffers and the allocator's rounding come on top; `peak_memory_bytes` in a run's summary is
+measured.
 """
 
 import copy
+from dataclasses import astuple, dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from bench.method import Method
+from bench.recompute import blocks_of
+from bench.sharding import part_of
 
-BYTES_PER_PARAMETER = 4 * (1 + 1 + 2 + 1)  # weight, gradient, two moments, average
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank."""
+
+    weights: int  # with the buffers
+    gradients: int
+    moments: int
+    averages: int
+    activations: int  # kept for the backward pass of one micro-batch
+    gathered: int = 0  # of a sharded run, on top of its part: weights and gradients of what is computed just now
+
+    @property
+    def total(self) -> int:
+        return sum(astuple(self))
 
 
 def training_bytes(method: Method, image_shape: tuple[int, int, int], num_images: int) -> int:
-    """Of one rank, with micro-batches of `num_images` (C, H, W), for the costlier of the first and the last interval."""
+    """Of one rank that holds everything, with micro-batches of `num_images` (C, H, W) and an average."""
+    return training_memory(method, image_shape, num_images).total
+
+
+def training_memory(
+    method: Method,
+    image_shape: tuple[int, int, int],
+    num_images: int,
+    num_parts: int = 1,
+    recompute: bool = False,
+    averaged: bool = True,
+) -> Memory:
+    """Of one rank, with micro-batches of `num_images` (C, H, W), for the costlier of the first and the last interval.
+    `num_parts`: ranks that a sharded run is cut into.
+    """
     twin = copy.deepcopy(method).to("meta")
-    num_parameters = sum(p.numel() for p in twin.parameters())
+    own = 4 * sum(part_of(p.shape, 0, num_parts).of(p).numel() if num_parts > 1 else p.numel() for p in twin.parameters())
     buffers = sum(b.numel() * b.element_size() for b in twin.buffers())
-    kept = max(_kept_bytes(twin, image_shape, num_images, index) for index in {0, len(twin.intervals) - 1})
-    return BYTES_PER_PARAMETER * num_parameters + buffers + kept
+    kept = max(_kept_bytes(twin, image_shape, num_images, index, recompute) for index in {0, len(twin.intervals) - 1})
+    gathered = _gathered_bytes(twin) if num_parts > 1 else 0
+    return Memory(own + buffers, own, 2 * own, own if averaged else 0, kept, gathered)
 
 
-def _kept_bytes(method: Method, image_shape: tuple[int, int, int], num_images: int, index: int) -> int:
-    """What a forward pass keeps for its backward pass, each storage once, parameters left out."""
+def _gathered_bytes(method: Method) -> int:
+    """What is in no unit, or around the blocks of a network, is there for a whole pass, with its gradients; of blocks two (the
+    next is fetched while one computes), and the gradients of one.
+    """
+    taken: set[int] = set()
+    around, alone = [0], [0]
+    for unit in method.units():
+        new = {id(p): p.numel() for p in unit.parameters() if id(p) not in taken}
+        taken |= new.keys()
+        (around if any(isinstance(module, nn.ModuleList) for module in unit.modules()) else alone).append(sum(new.values()))
+    rest = sum(p.numel() for p in method.parameters() if id(p) not in taken)
+    return 4 * (2 * (rest + max(around)) + 3 * max(alone))
+
+
+def _kept_bytes(method: Method, image_shape: tuple[int, int, int], num_images: int, index: int, recompute: bool = False) -> int:
+    """What a forward pass keeps for its backward pass, each storage once, parameters left out. With `recompute` of blocks only
+    what they are given, and of one at a time what is inside.
+    """
     own = {p.untyped_storage()._cdata for p in (*method.parameters(), *method.buffers())}
     kept: dict[int, int] = {}
+    inside: list[dict[int, int]] = [kept]  # of each block; the last is what is filled now
     alive: list[Tensor] = []  # so that no storage's address is used again
 
-    def keep(tensor: Tensor) -> Tensor:
+    def keep(tensor: Tensor, where: dict[int, int] | None = None) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes()
+            (inside[-1] if where is None else where)[storage._cdata] = storage.nbytes()
             alive.append(tensor)
         return tensor
 
+    def enter(block: nn.Module, inputs: Any) -> None:
+        for tensor in tree_leaves(inputs):
+            if isinstance(tensor, Tensor):
+                keep(tensor, kept)
+        inside.append({})
+
+    def leave(block: nn.Module, inputs: Any, output: Any) -> None:
+        inside.append(kept)
+
+    hooks = []
+    for block in blocks_of(method) if recompute else ():
+        hooks += [block.register_forward_pre_hook(enter), block.register_forward_hook(leave)]
     interval = method.intervals[index]
     x = torch.empty(num_images, *image_shape, device="meta")
     t = torch.full((num_images,), interval.start, dtype=torch.int64, device="meta")
@@ -44,4 +108,6 @@ def _kept_bytes(method: Method, image_shape: tuple[int, int, int], num_images: i
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         prediction = method(x, t, y, interval, 0.0)
         torch.stack([prediction.output.square().mean(), *prediction.penalties.values()]).sum()
-    return sum(kept.values())
+    for hook in hooks:
+        hook.remove()
+    return sum(kept.values()) + max(sum(size for key, size in each.items() if key not in kept) for each in inside)

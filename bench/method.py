@@ -3,7 +3,8 @@
 A method is one class in one file of `methods/`. Trainer, sampler and evaluator know only this contract.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,6 +56,13 @@ class Method(nn.Module):
         """The cheapest callable that equals `forward(...).output` on `interval`; for sampling, without penalties."""
         raise NotImplementedError
 
+    @contextmanager
+    def one_step(self, interval: Interval) -> Iterator[list[nn.Parameter]]:
+        """Around all training passes of one optimiser step, all on `interval`: what they share can be computed once. Yields what
+        gradients arrive at in these passes, to be averaged over ranks inside; afterwards every trained parameter has its own.
+        """
+        yield [p for p in self.parameters() if p.requires_grad]
+
     def param_groups(self, lr: float) -> list[dict[str, Any]]:
         """Optimiser groups (`params`, `lr`) that cover every trainable parameter once."""
         return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": lr}]
@@ -65,6 +73,13 @@ class Method(nn.Module):
         Raises ValueError if the state does not fit, or if this method cannot start from such a network.
         """
         raise ValueError(f"{type(self).__name__} cannot start from a plain backbone: start it from random weights")
+
+    def units(self) -> list[nn.Module]:
+        """Where a run is sharded, the modules whose parameters are gathered when the module is called, and then let go; inner
+        ones first. What is in none of them is there for a whole pass. By default every member of an nn.ModuleList.
+        """
+        lists = [module for module in self.modules() if isinstance(module, nn.ModuleList)]
+        return [member for each in reversed(lists) for member in each]
 
     def num_active_parameters(self) -> int:
         """Parameters that one image passes through at one timestep."""

@@ -37,8 +37,15 @@ class Batch(NamedTuple):
     def to(self, device: torch.device) -> "Batch":
         if device.type == "cpu":
             return self
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("x0", "noise", "t", "y")}
-        return self._replace(**moved)
+        x0, noise, t, y = (moved(tensor, device) for tensor in (self.x0, self.noise, self.t, self.y))
+        return self._replace(x0=x0, noise=noise, t=t, y=y)
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device; from the host to a GPU without waiting, out of memory that it can read by itself (pinned)."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def generator(seed: int, *place: object) -> torch.Generator:
@@ -53,11 +60,12 @@ def draw_batch(
     """Rows of the global batch of optimiser step `step` (from 0), by default all. Only their images are read."""
     count, seed = config.train.batch_size, config.seed
     x0, y = data.train.batch(image_indices(step, count, len(data.train), seed)[rows])
+    device = x0.device  # of images that are kept there
     if config.data.flip:
         flipped = torch.rand(count, generator=generator(seed, "flip", step))[rows] < 0.5
-        x0 = torch.where(flipped[:, None, None, None], x0.flip(-1), x0)
+        x0 = torch.where(moved(flipped, device)[:, None, None, None], x0.flip(-1), x0)
     dropped = torch.rand(count, generator=generator(seed, "label dropout", step))[rows] < config.train.label_dropout
-    y = y.masked_fill(dropped, data.num_classes)
+    y = y.masked_fill(moved(dropped, device), data.num_classes)
     t = draw_timesteps(step, interval, config)[rows]
     noise = torch.randn((count, *x0.shape[1:]), generator=generator(seed, "noise", step))[rows]
     return Batch(x0, noise, t, y, interval, progress)

@@ -5,7 +5,7 @@ import itertools
 import resource
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from bench.distributed import World
 from bench.files import write_bytes_atomically, write_json_atomically
 from bench.heldout import probe_of
 from bench.journal import Diverged
-from bench.lease import CANDIDATES, Lease, LeaseLost, hold
+from bench.lease import CANDIDATES, Held, Lease, LeaseLost, hold
+from bench.prepare import prepare_folder
 from bench.runs import expert_folders, read_run, read_samples
 from bench.trainer import Interrupted, Trainer
 
@@ -38,7 +39,7 @@ def clear(folder: Path) -> None:
             clear(place)
         for pattern in OWN:
             for path in folder.glob(pattern):
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         for path in (*folder.glob(CANDIDATES), *folder.glob("parts")):
             shutil.rmtree(path)
     for emptied in (folder / "checkpoints", folder / "snapshots", folder / "experts", folder):
@@ -75,6 +76,26 @@ def set_aside(folder: Path) -> Path:
         folder.rename(place)
     shutil.rmtree(place / "lease", ignore_errors=True)  # ours, which could not be found to be removed
     return place
+
+
+@contextmanager
+def held(trainer: Trainer, folder: Path, is_dead: Callable[[str], bool] | None) -> Iterator[None]:
+    """Hold and prepare the folder; inside, the trainer stops at once if another process takes it over."""
+    world, should_stop = trainer.world, trainer.should_stop
+    with ExitStack() as stack:
+        refusal: ValueError | None = None
+        if world.is_main:
+            try:
+                ours = stack.enter_context(locked(folder, is_dead))
+                prepare_folder(trainer.config, folder, world.size)
+                (folder / "failure.json").unlink(missing_ok=True)
+                trainer.should_stop = guarded(ours, should_stop)
+            except ValueError as error:
+                refusal = error
+        if not world.decide(refusal is None, trainer.device):  # no rank waits for one that has given up
+            kind = Held if world.decide(isinstance(refusal, Held), trainer.device) else ValueError
+            raise refusal or kind(f"rank 0 cannot begin run {folder.name}: see its message")
+        yield
 
 
 @contextmanager

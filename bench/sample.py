@@ -3,7 +3,9 @@
 Image i depends on (seed, i) alone: indices are cut into fixed blocks, a block draws its own noise and is computed as
 one batch of fixed size, the last one padded. Ranks own whole blocks. The label of image i is i mod the number of
 classes. The schedule is walked interval by interval from noise to image, so each expert is specialised once and only
-one is alive at a time.
+one is alive at a time. Between the first noise and the finished block, nothing waits for the device.
+
+    guidance in a limited interval, arXiv 2404.07724    `Sampler.guided_places`, in timesteps
 """
 
 import math
@@ -11,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,13 +23,12 @@ from torch import Tensor
 from bench.arrays import Trajectory
 from bench.config import DiffusionConfig, EvaluationConfig, ModelConfig
 from bench.data import DataSource, to_uint8
-from bench.diffusion import ancestral_step, ddim_step, guide, split_output, x0_from_noise
+from bench.diffusion import guide
 from bench.distributed import World
 from bench.files import write_bytes_atomically
-from bench.flow import euler_step, flow_times_to_sample
 from bench.method import Denoiser, Method, timestep_index
-from bench.noise_schedule import make_schedule, respace
-from bench.randomness import generator
+from bench.randomness import generator, moved
+from bench.walk import Walk, make_walk
 
 Watch = Callable[[int, Tensor, Tensor], None]
 """`(place, x (B, C, H, W), the network's output there)`, before the step from `place`."""
@@ -44,64 +45,11 @@ class Samples(NamedTuple):
     network_evaluations_per_sample: int  # guided ones count twice
 
 
-class Walk(Protocol):
-    """A sampler: `times` are what the network is given at each step, from noise to image."""
+class Round(NamedTuple):
+    """Blocks that are drawn together, on every rank."""
 
-    times: Tensor  # (S,) int64 timesteps, or float in (0, 1]
-
-    def step(self, place: int, output: Tensor, x: Tensor, noise: Tensor) -> Tensor:
-        """x (B, C, H, W) after the step at `place`, given the network's output there."""
-
-    def predicted(self, place: int, output: Tensor, x: Tensor) -> Tensor:
-        """The clean image (B, C, H, W) that the output stands for."""
-
-
-class DiffusionWalk:
-    """Ancestral or DDIM steps over a respaced chain."""
-
-    def __init__(self, diffusion: DiffusionConfig, evaluation: EvaluationConfig, learn_sigma: bool) -> None:
-        self.schedule = respace(make_schedule(diffusion.schedule, diffusion.num_timesteps), evaluation.steps)
-        self.levels = range(self.schedule.num_steps - 1, -1, -1)
-        self.times = self.schedule.timesteps.values.flip(0)
-        self.ancestral, self.eta = evaluation.sampler == "ancestral", evaluation.eta
-        self.variance = "learned" if learn_sigma else "fixed_large"
-
-    def step(self, place: int, output: Tensor, x: Tensor, noise: Tensor) -> Tensor:
-        index = torch.full((len(x),), self.levels[place], device=x.device)
-        if self.ancestral:
-            return ancestral_step(self.schedule, output, x, index, noise, self.variance)
-        return ddim_step(self.schedule, output, x, index, noise, self.eta)
-
-    def predicted(self, place: int, output: Tensor, x: Tensor) -> Tensor:
-        index = torch.full((len(x),), self.levels[place], device=x.device)
-        return x0_from_noise(self.schedule, split_output(output, x)[0], x, index)
-
-
-class FlowWalk:
-    """Euler steps of a rectified flow, from t = 1 to 0."""
-
-    def __init__(self, evaluation: EvaluationConfig) -> None:
-        if not evaluation.steps.isdigit() or int(evaluation.steps) < 1:
-            raise ValueError(f"evaluation.steps is {evaluation.steps!r}: rectified flow takes a whole number of steps")
-        self.times = flow_times_to_sample(int(evaluation.steps))
-
-    def step(self, place: int, output: Tensor, x: Tensor, noise: Tensor) -> Tensor:
-        t = torch.full((len(x),), float(self.times[place]), device=x.device)
-        return euler_step(output, x, t, 1 / len(self.times))
-
-    def predicted(self, place: int, output: Tensor, x: Tensor) -> Tensor:
-        t = torch.full((len(x),), float(self.times[place]), device=x.device)
-        return euler_step(output, x, t, 1.0)  # all the way to 0
-
-
-def make_walk(diffusion: DiffusionConfig, evaluation: EvaluationConfig, model: ModelConfig) -> Walk:
-    """ValueError where the sampler does not fit the objective or the steps do not fit the chain."""
-    if (diffusion.objective == "flow") != (evaluation.sampler == "euler"):
-        raise ValueError(
-            f"evaluation.sampler is {evaluation.sampler!r}, which does not fit diffusion.objective={diffusion.objective}: "
-            "choose ancestral or ddim for noise; for flow euler, with evaluation.steps a plain number"
-        )
-    return FlowWalk(evaluation) if diffusion.objective == "flow" else DiffusionWalk(diffusion, evaluation, model.learn_sigma)
+    images: Tensor  # (n, C, H, W) uint8, on the CPU
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -113,8 +61,25 @@ class Sampler:
     num_timesteps: int
     num_classes: int
     image_shape: tuple[int, int, int]  # (C, H, W)
+    compiled: bool = False  # the denoiser, by torch.compile
 
-    @torch.no_grad()
+    @property
+    def num_evaluations(self) -> int:
+        """Of the network, for one sample; guided ones count twice."""
+        return sum(2 if guided else 1 for guided in self.guided_places())
+
+    def labels(self, count: int) -> Tensor:
+        """Of the images 0..count-1."""
+        return torch.arange(count) % self.num_classes
+
+    def rounds(self, multiple_of: int = 1) -> list[list[int]]:
+        """The blocks of all samples, cut into rounds; all rounds but the last hold a multiple of as many images."""
+        size, count = self.evaluation.block_size, self.evaluation.num_samples
+        whole = multiple_of // math.gcd(size, multiple_of)  # blocks
+        length = -(-ROUND // whole) * whole
+        blocks = list(range(math.ceil(count / size)))
+        return [blocks[start : start + length] for start in range(0, len(blocks), length)]
+
     def draw(
         self,
         method: Method,
@@ -129,33 +94,32 @@ class Sampler:
         there by the next call; before each, `pause` is called, which may raise.
         """
         world = world or World()
-        size, count = self.evaluation.block_size, self.evaluation.num_samples
-        blocks = list(range(math.ceil(count / size)))
-        rounds = [blocks[start : start + ROUND] for start in range(0, len(blocks), ROUND)]
+        rounds, count = self.rounds(), self.evaluation.num_samples
         images, seconds = [], 0.0
-        for drawn_together in rounds:
+        for blocks in rounds:
             pause()
-            part = parts / f"blocks-{drawn_together[0]:06d}.safetensors" if parts and len(rounds) > 1 else None
+            part = parts / f"blocks-{blocks[0]:06d}.safetensors" if parts and len(rounds) > 1 else None
             of_round = load_file(part) if part and world.decide(part.exists(), device) else None
             if of_round is None:
-                of_round = self._draw_round(method, drawn_together, device, world)
+                drawn = self.draw_round(method, blocks, device, world)
+                of_round = {"images": drawn.images, "seconds": torch.tensor(drawn.seconds, dtype=torch.float64)}
                 if part and world.is_main:
                     part.parent.mkdir(parents=True, exist_ok=True)
                     write_bytes_atomically(part, save(of_round))
             images.append(of_round["images"])
             seconds += float(of_round["seconds"])
-        evaluations = len(self.walk.times) * (1 if self.evaluation.guidance_scale == 1 else 2)
-        return Samples(torch.cat(images)[:count], torch.arange(count) % self.num_classes, count / seconds, evaluations)
+        return Samples(torch.cat(images), self.labels(count), count / seconds, self.num_evaluations)
 
-    def _draw_round(self, method: Method, blocks: list[int], device: torch.device, world: World) -> dict[str, Tensor]:
-        """`images` of the blocks, uint8, and the `seconds` that they took."""
+    def draw_round(self, method: Method, blocks: list[int], device: torch.device, world: World) -> Round:
+        """The images of the blocks, without those that only fill up the last one, and the seconds that they took."""
         mine = [block for block in blocks if block % world.size == world.rank]
         started = time.perf_counter()
         with world.together():
             own = dict(zip(mine, self._draw_blocks(method, mine, device), strict=True))
-        empty = torch.empty((self.evaluation.block_size, *self.image_shape), dtype=torch.uint8, device=device)
+        size, count = self.evaluation.block_size, self.evaluation.num_samples
+        empty = torch.empty((size, *self.image_shape), dtype=torch.uint8, device=device)
         shared = [world.share_block(own.get(block, empty.clone()), owner=block % world.size).cpu() for block in blocks]
-        return {"images": torch.cat(shared), "seconds": torch.tensor(time.perf_counter() - started, dtype=torch.float64)}
+        return Round(torch.cat(shared)[: count - blocks[0] * size], time.perf_counter() - started)
 
     @torch.no_grad()
     def trajectory(self, method: Method, device: torch.device, count: int = 10, num_frames: int = 11) -> Trajectory:
@@ -180,43 +144,60 @@ class Sampler:
         times = np.array([*self.walk.times[places[:-1]].tolist(), math.nan])
         return Trajectory(frames[0], frames[1], times, np.arange(count) % self.num_classes)
 
+    @torch.no_grad()
     def _draw_blocks(
         self, method: Method, blocks: list[int], device: torch.device, watch: Watch = lambda place, x, output: None
     ) -> list[Tensor]:
         """uint8 (block_size, C, H, W) for each block; `watch` sees each step of each block before it is taken."""
         size = self.evaluation.block_size
         sources = [generator(self.evaluation.seed, "sample", block) for block in blocks]
-        x = [self._noise(source).to(device) for source in sources]
-        labels = [(torch.arange(block * size, (block + 1) * size) % self.num_classes).to(device) for block in blocks]
-        index = timestep_index(self.walk.times, self.num_timesteps)  # of each step: which interval it is in
+        walks = [self.walk.of_block() for _ in blocks]
+        x = [moved(self._noise(source), device) for source in sources]
+        labels = [moved(torch.arange(block * size, (block + 1) * size) % self.num_classes, device) for block in blocks]
+        index, guided = self._timesteps(), self.guided_places()
+        times = self.walk.times.to(device)  # once: to copy one at every step would wait for the device
         for interval in reversed(method.intervals):
             places = torch.nonzero((index >= interval.start) & (index < interval.stop)).squeeze(1).tolist()
             if not places:
                 continue
             denoiser = method.specialise(interval)
-            for i in range(len(blocks)):
-                for place in places:
-                    output = self._evaluate(denoiser, x[i], self.walk.times[place], labels[i])
+            if self.compiled:
+                denoiser = torch.compile(denoiser, dynamic=False)
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.evaluation.precision == "bf16"):
+                for i, place in ((i, place) for i in range(len(blocks)) for place in places):
+                    output = self._evaluate(denoiser, x[i], times[place].expand(size), labels[i], guided[place])
                     watch(place, x[i], output)
-                    x[i] = self.walk.step(place, output, x[i], self._noise(sources[i]).to(device))
+                    noise = moved(self._noise(sources[i]), device) if self.walk.adds_noise else None
+                    x[i] = walks[i].step(place, output, x[i], noise)
             del denoiser  # before the next one is made
         return [to_uint8(image) for image in x]
+
+    def guided_places(self) -> list[bool]:
+        """Whether the step at each place is guided."""
+        settings, index = self.evaluation, self._timesteps()
+        inside = (index >= settings.guidance_start) & (index < (settings.guidance_stop or self.num_timesteps))
+        return [settings.guidance_scale != 1 and guided for guided in inside.tolist()]
+
+    def _timesteps(self) -> Tensor:
+        """(S,) int64: of each step of the walk, also where its times are continuous."""
+        return timestep_index(self.walk.times, self.num_timesteps)
 
     def _noise(self, source: torch.Generator) -> Tensor:
         return torch.randn((self.evaluation.block_size, *self.image_shape), generator=source)
 
-    def _evaluate(self, denoiser: Denoiser, x: Tensor, time: Tensor, labels: Tensor) -> Tensor:
-        t = time.to(x.device).expand(len(x))
-        scale = self.evaluation.guidance_scale
-        if scale == 1:
-            return denoiser(x, t, labels)
+    def _evaluate(self, denoiser: Denoiser, x: Tensor, t: Tensor, labels: Tensor, guided: bool) -> Tensor:
+        """The network's output (B, C_out, H, W) in float32; with and without labels in one batch where it is guided."""
+        if not guided:
+            return denoiser(x, t, labels).float()
         channels = self.evaluation.guidance_channels or self.image_shape[0]
         null = torch.full_like(labels, self.num_classes)
-        doubled = guide(denoiser, torch.cat([x, x]), torch.cat([t, t]), torch.cat([labels, null]), scale, channels)
-        return doubled[: len(x)]
+        doubled = torch.cat([x, x]), torch.cat([t, t]), torch.cat([labels, null])
+        return guide(lambda *inputs: denoiser(*inputs).float(), *doubled, self.evaluation.guidance_scale, channels)[: len(x)]
 
 
-def make_sampler(diffusion: DiffusionConfig, evaluation: EvaluationConfig, model: ModelConfig, data: DataSource) -> Sampler:
+def make_sampler(
+    diffusion: DiffusionConfig, evaluation: EvaluationConfig, model: ModelConfig, data: DataSource, compiled: bool = False
+) -> Sampler:
     """ValueError, before anything is trained, for a sampler that does not fit."""
     if evaluation.guidance_channels > data.channels:
         raise ValueError(
@@ -224,5 +205,20 @@ def make_sampler(diffusion: DiffusionConfig, evaluation: EvaluationConfig, model
             f"choose from 1 to {data.channels}, or 0 for all"
         )
     shape = (data.channels, data.input_size, data.input_size)
+    _check_guidance_interval(evaluation, diffusion.num_timesteps)
     walk = make_walk(diffusion, evaluation, model)
-    return Sampler(walk, evaluation, diffusion.num_timesteps, data.num_classes, shape)
+    return Sampler(walk, evaluation, diffusion.num_timesteps, data.num_classes, shape, compiled)
+
+
+def _check_guidance_interval(evaluation: EvaluationConfig, num_timesteps: int) -> None:
+    start, stop = evaluation.guidance_start, evaluation.guidance_stop
+    if not start < (stop or num_timesteps) <= num_timesteps:
+        raise ValueError(
+            f"evaluation.guidance_start and guidance_stop are {start} and {stop}: guidance needs start < stop, "
+            f"both at most {num_timesteps} (a stop of 0 is {num_timesteps})"
+        )
+    if (start or stop) and evaluation.guidance_scale == 1:
+        raise ValueError(
+            "evaluation.guidance_start or guidance_stop is set, but guidance_scale is 1, which is no guidance: "
+            "set a scale, or leave both at 0"
+        )

@@ -31,8 +31,14 @@ def plan_table(planned: Sequence[PlannedRun], statuses: Mapping[str, Status], ch
         costs = (each.num_images, each.train_flops / 1e12, each.device_hours(profile.teraflops), each.memory_bytes / 1e9)
         state = statuses[each.config.run_id].state
         table.add_row(each.config.run_id, escape(each.label), state, *map(_number, costs))
+    missing = list(dict.fromkeys(path for each in planned for path in each.missing))
+    notes = [Text(note, "dim")]
+    if missing:
+        notes.append(Text(f"Not here, and needed before any of these runs starts: {', '.join(missing)}", "yellow"))
+        if any(each.config.data.path in missing for each in planned):
+            notes.append(Text("Costs are those for latents of ImageNet: 4 channels, 1000 classes", "dim"))
     reasons = [Text(f"{run_id}: {reason}") for run_id, reason in choice.reasons.items() if reason != statuses[run_id].state]
-    return Group(Text(title, "bold"), table, Text(note, "dim"), *([""] if reasons else []), *reasons)
+    return Group(Text(title, "bold"), table, *notes, *([""] if reasons else []), *reasons)
 
 
 def print_status(console: Console, sweep: Sweep, statuses: Mapping[str, Status], command: str) -> None:

@@ -97,7 +97,7 @@ def run_sweep(parsed: argparse.Namespace) -> int:
     on_slurm = parsed.cluster == "slurm"
     of_profile = [f"system.device={profile.device}"] if on_slurm else []
     runs, sweep = make_sweep(parsed.suite, [*settings, *of_profile], parsed.runs)
-    planned = plan_runs(runs, profile.world_size if on_slurm else 1)
+    planned = plan_runs(runs, profile.world_size if on_slurm else 1, only_look=parsed.dry_run)
     results = parsed.runs.absolute().parent
     launch = Launch(parsed.suite, _as_typed(parsed, settings), planned, sweep, profile, results, _console())
     statuses, known = sweep.statuses()

@@ -23,7 +23,7 @@ def evaluate_again(folder: Path, overrides: list[str]) -> dict[str, Any]:
         raise ValueError(f"run {folder} is not trained to its end: go on with `tsbench train {folder}`")
     data = load_data(config.data)
     protocol = protocol_of(config.evaluation, data)
-    sampler = make_sampler(config.diffusion, config.evaluation, config.model, data)
+    sampler = make_sampler(config.diffusion, config.evaluation, config.model, data, config.system.compile_sampling)
     _ = Run(folder).evaluations  # can be read and added to: found out before anything is computed
     with locked(folder):
         trainer = Trainer(job.build_method(config, data), config, data, folder)
@@ -38,5 +38,5 @@ def evaluate_again(folder: Path, overrides: list[str]) -> dict[str, Any]:
 def draw_samples(folder: Path, overrides: list[str]) -> Samples:
     """Images from a trained run under changed `evaluation` settings."""
     config, data, method = job.load_trained(folder, overrides)
-    sampler = make_sampler(config.diffusion, config.evaluation, config.model, data)
+    sampler = make_sampler(config.diffusion, config.evaluation, config.model, data, config.system.compile_sampling)
     return sampler.draw(method, torch.device(config.system.device))

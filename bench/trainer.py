@@ -8,12 +8,14 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from bench import checkpoint
+from bench import saving, switches
 from bench.budget import Budget, plan
+from bench.compiled import begin_step, compile_blocks
 from bench.config import RunConfig
 from bench.curve import keep_weights
 from bench.data import DataSource
-from bench.distributed import Agreement, World
+from bench.data.resident import keep_on_device
+from bench.distributed import Agreement, World, gradient_norm
 from bench.ema import EMA
 from bench.flops import Cost
 from bench.flops import measure as measure_cost
@@ -25,7 +27,8 @@ from bench.method import Method
 from bench.objective import make_objective
 from bench.progress import TrainingBar
 from bench.randomness import Batch, draw_batch
-from bench.training_state import counters_of, take, tensors_of
+from bench.recompute import recompute_blocks
+from bench.sharding import is_sharded
 
 
 class Interrupted(RuntimeError):
@@ -64,6 +67,11 @@ class Trainer:
         self.objective.module.to(self.device)
         image_shape = (data.channels, data.input_size, data.input_size)
         self.cost = cost or measure_cost(method, image_shape, data.num_classes)
+        self.is_sharded = is_sharded(method)
+        switches.set_plain(switches.parse(config.system.plain))
+        compile_blocks(method, config.system.compile, self.device)
+        if config.system.recompute:  # after the cost, of which it is no part
+            recompute_blocks(method)
         self.num_passes = config.train.micro_batches * self.world.size  # forward passes per step
         self.budget: Budget = plan(config.budget, self.cost, config.train.batch_size, self.num_passes)
         self.share = self.world.slice_of(config.train.batch_size)
@@ -78,7 +86,8 @@ class Trainer:
         if loss_parameters:
             groups.append({"params": loss_parameters, "lr": config.diffusion.uncertainty_lr})
         betas = (config.train.beta1, config.train.beta2)
-        self.optimizer = torch.optim.AdamW(groups, betas=betas, weight_decay=config.train.weight_decay, fused=True)
+        kernel = {"fused": True} if switches.is_on("optimizer") else {"foreach": False}
+        self.optimizer = torch.optim.AdamW(groups, betas=betas, weight_decay=config.train.weight_decay, **kernel)
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.ema = EMA(method, config.train.ema_half_life_images, config.train.ema_warmup)
@@ -102,14 +111,16 @@ class Trainer:
         """
         batch = batch.to(self.device)
         self.optimizer.zero_grad(set_to_none=True)
+        begin_step(self.config.system.compile)
         num_parts = self.config.train.micro_batches
         part_size = len(batch.x0) // num_parts
-        parts = [self._backward(batch.part(slice(i * part_size, (i + 1) * part_size)), num_parts) for i in range(num_parts)]
+        with self.method.one_step(batch.interval) as leaves:
+            parts = [self._backward(batch.part(slice(i * part_size, (i + 1) * part_size)), num_parts) for i in range(num_parts)]
+            self.world.average_gradients([*leaves, *self.objective.module.parameters()])
         losses = {name: torch.stack([part[name] for part, _ in parts]).mean(dim=0) for name in parts[0][0]}
         samples = {name: torch.cat([part[name] for _, part in parts]) for name in parts[0][1]}  # each (B,)
-        self.world.average_gradients(self.parameters)
         losses = self.world.mean(losses)
-        losses["grad_norm"] = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        losses["grad_norm"] = gradient_norm(self.parameters)
         self.journal.record(Record(batch.interval, self.steps_done, losses, samples, batch.t))
         if self.device.type == "cpu":  # elsewhere looking would wait for the device: see `flush`
             self.journal.check_finite()
@@ -144,6 +155,7 @@ class Trainer:
         asked to stop, with everything saved.
         """
         self.resume()
+        data = keep_on_device(self.data, self.device, self.config.system.resident_gb)
         stop = Agreement(self.world)
         with self.bar:
             while not self.finished():
@@ -154,7 +166,7 @@ class Trainer:
                 started = time.perf_counter()
                 interval = interval_at_step(self.steps_done, self.method.intervals, self.config.seed)
                 if interval in self.intervals:
-                    batch = draw_batch(self.steps_done, interval, self.config, self.data, self.spent, self.share)
+                    batch = draw_batch(self.steps_done, interval, self.config, data, self.spent, self.share)
                     self.step(batch)
                 else:
                     self.steps_done += 1
@@ -204,8 +216,9 @@ class Trainer:
         if not self.heldout_is_due():
             return
         self.heldout_points = int(self.spent * self.config.heldout.points) + 1
+        world = World() if self.is_sharded else self.world  # sharded, all ranks go through all images together
         with self.ema.applied():
-            losses = item_losses(self.method, self.objective, self.heldout, self.world, self.device, self.intervals)
+            losses = item_losses(self.method, self.objective, self.heldout, world, self.device, self.intervals)
             snapshot = self.method.diagnostics() if self.folder else {}
             if self.folder and self.curve_point_is_here():
                 images_of_all = self.steps_done * self.config.train.batch_size  # one place for jobs that train apart
@@ -255,24 +268,18 @@ class Trainer:
     def save(self) -> None:
         """A checkpoint of everything that the next step depends on. (Generators need none: they are seeded by step.)"""
         self.last_save = time.monotonic()
-        if self.folder is None or not self.world.is_main:
-            return
-        checkpoint.save(self.folder / "checkpoints", self.steps_done, tensors_of(self), counters_of(self))
+        saving.save(self)
 
     def restore(self) -> None:
         """Take the newest sound checkpoint's state, to evaluate it; ValueError if there is none."""
-        found = checkpoint.load_latest(self.folder / "checkpoints") if self.folder else None
-        if found is None:
+        if saving.take_newest(self) is None:
             raise ValueError(f"{self.folder} holds no checkpoint yet: train the run first")
-        take(self, found)
 
     def resume(self) -> None:
         """Continue from the newest sound checkpoint; without one, from the start."""
-        found = checkpoint.load_latest(self.folder / "checkpoints") if self.folder else None
+        counters = saving.take_newest(self)
         heartbeat = self.journal.last_heartbeat()
-        self.journal.rewind(found.counters["journal"] if found else None)
-        if found:
-            take(self, found)
+        self.journal.rewind(counters["journal"] if counters else None)
         if heartbeat:  # it knows what earlier crashes undid, too; written at once, as the next may come before the next flush
             images = max(0, heartbeat["images_seen"] - self.images_seen)
             seconds = max(0.0, heartbeat["device_seconds"] - self.device_seconds)

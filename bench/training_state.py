@@ -3,9 +3,10 @@
 All of it is in a checkpoint: tensors, and counters that JSON can hold. Generators have no state: they are seeded by step.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from bench.checkpoint import Checkpoint
@@ -50,9 +51,29 @@ def take(trainer: "Trainer", found: Checkpoint) -> None:
     for key, value in _under("optimizer.", tensors).items():
         name, _, entry = key.rpartition(".")
         trainer.optimizer.state[named[name]][entry] = value.to(trainer.device)
+    take_counters(trainer, counters)
+
+
+def take_counters(trainer: "Trainer", counters: Mapping[str, Any]) -> None:
+    """As `counters_of` told them."""
+    trainer.ema.images_seen = dict(counters["ema_images_seen"])
     trainer.steps_done, trainer.updates = counters["steps_done"], counters["updates"]
     trainer.device_seconds, trainer.lost = counters["device_seconds"], counters["lost"]
     trainer.heldout_points = counters["heldout_points"]
+
+
+def optimizer_entries(trainer: "Trainer", names: Iterable[str]) -> dict[str, Tensor]:
+    """The optimiser's state of those names, empty: to be loaded in place."""
+    named, entries = _named_parameters(trainer), {}
+    trainer.optimizer.state.clear()
+    for full_name in names:
+        prefix, _, rest = full_name.partition(".")
+        name, _, entry = rest.rpartition(".")
+        if prefix == "optimizer" and name in named:
+            parameter = named[name].detach()
+            empty = parameter.new_zeros(()) if entry == "step" else torch.zeros_like(parameter)
+            trainer.optimizer.state[named[name]][entry] = entries[full_name] = empty
+    return entries
 
 
 def _named_parameters(trainer: "Trainer") -> dict[str, nn.Parameter]:

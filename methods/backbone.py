@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
+from bench import switches
+
 SIZES = {  # letter: (depth, width, heads); section 3.3 and, for G, arXiv 2407.11633
     "S": (12, 384, 6),
     "B": (12, 768, 12),
@@ -131,7 +133,11 @@ def attend(x: Tensor, qkv: Linear, proj: Linear, num_heads: int) -> Tensor:
     """Self-attention over tokens (B, N, D) with the given linears; no mask, no dropout, no qk-norm."""
     B, N, D = x.shape
     q, k, v = qkv(x).reshape(B, N, 3, num_heads, D // num_heads).permute(2, 0, 3, 1, 4)  # each (B, heads, N, D/heads)
-    return proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, D))
+    if switches.is_on("attention"):
+        attended = F.scaled_dot_product_attention(q, k, v)
+    else:
+        attended = (q @ k.transpose(-2, -1) / math.sqrt(D // num_heads)).softmax(dim=-1) @ v
+    return proj(attended.transpose(1, 2).reshape(B, N, D))
 
 
 class MLP(nn.Module):
@@ -244,7 +250,7 @@ class DiT(nn.Module):
 
     def embed(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (B, N, D), the timestep's embedding (B, D) and the condition (B, D), its sum with the label's."""
-        tokens = self.patch_embedding(x) + self.positions
+        tokens = (self.patch_embedding(x) + self.positions).contiguous()  # channels last, else every block's norms copy them
         time = self.time_embedding(t)
         return tokens, time, time + self.label_embedding(y)
 

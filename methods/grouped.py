@@ -5,13 +5,18 @@ float32 (where the build has it), bfloat16 and float16 of one dtype, strides in 
 offsets, and does not follow autocast.
 """
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.utils.flop_counter import register_flop_formula
+
+from bench import switches
 
 
 def sort_by_expert(chosen: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,17 +93,73 @@ def without_autocast(device: str) -> AbstractContextManager[object]:
 
 
 def can_group(rows: Tensor, weight: Tensor) -> bool:
-    """Whether `grouped_mm` exists for these operands: dtype, alignment to 16 bytes, and on a GPU one that has it."""
-    if not hasattr(F, "grouped_mm") or rows.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    """Whether `grouped_mm` exists for these operands (dtype, alignment to 16 bytes, and on a GPU one that has it) and is on."""
+    if not switches.is_on("grouped") or not hasattr(F, "grouped_mm"):
+        return False
+    if rows.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
     if any(size * rows.element_size() % 16 for size in weight.shape[1:]):
         return False
     if rows.device.type == "cuda":
-        return rows.dtype == torch.bfloat16 and torch.cuda.get_device_capability(rows.device) >= (8, 0)
+        return rows.dtype == torch.bfloat16 and gpu_can_group()
     return True
 
 
+@torch.compiler.assume_constant_result  # type: ignore[no-untyped-call, untyped-decorator]
+def gpu_can_group() -> bool:
+    return torch.cuda.get_device_capability() >= (8, 0)
+
+
+@torch.library.custom_op("timestep_bench::looped_mm", mutates_args=())
 def looped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """The plain fallback: one product per expert. It needs the group sizes on the host, so it waits for the device."""
-    sizes = ends.diff(prepend=ends.new_zeros(1)).cpu().numpy()
-    return torch.cat([part @ matrix.T for part, matrix in zip(rows.split([int(s) for s in sizes]), weight, strict=True)])
+    product = rows.new_empty(len(rows), weight.shape[1])
+    for expert, (start, stop) in enumerate(groups(ends)):
+        torch.mm(rows[start:stop], weight[expert].T, out=product[start:stop])
+    return product
+
+
+@looped_mm.register_fake
+def _(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[1])
+
+
+@torch.library.custom_op("timestep_bench::looped_mm_weight_gradient", mutates_args=())
+def looped_mm_weight_gradient(grad: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
+    """grad (n, out) and rows (n, in), sorted by expert -> (E, out, in)."""
+    product = rows.new_empty(len(ends), grad.shape[1], rows.shape[1])
+    for expert, (start, stop) in enumerate(groups(ends)):
+        torch.mm(grad[start:stop].T, rows[start:stop], out=product[expert])
+    return product
+
+
+@looped_mm_weight_gradient.register_fake
+def _(grad: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
+    return rows.new_empty(ends.shape[0], grad.shape[1], rows.shape[1])
+
+
+@register_flop_formula(torch.ops.timestep_bench.looped_mm)
+def _(rows_shape: torch.Size, weight_shape: torch.Size, *_: object, **__: object) -> int:
+    return 2 * rows_shape[0] * weight_shape[1] * weight_shape[2]
+
+
+@register_flop_formula(torch.ops.timestep_bench.looped_mm_weight_gradient)
+def _(grad_shape: torch.Size, rows_shape: torch.Size, *_: object, **__: object) -> int:
+    return 2 * grad_shape[0] * grad_shape[1] * rows_shape[1]
+
+
+def groups(ends: Tensor) -> Iterator[tuple[int, int]]:
+    """Where each expert's rows start and stop."""
+    return pairwise([0, *ends.tolist()])
+
+
+def _looped_mm_backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    rows, weight, ends = ctx.saved_tensors  # type: ignore[attr-defined]
+    return looped_mm(grad, weight.transpose(1, 2), ends), looped_mm_weight_gradient(grad, rows, ends), None
+
+
+def _keep_operands(ctx: FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+looped_mm.register_autograd(_looped_mm_backward, setup_context=_keep_operands)

@@ -9,7 +9,9 @@ Paper: Fang et al., Remix-DiT, arXiv 2412.05628.
     section 3.4, precomputed experts               `RemixDiT.specialise`
 
 The bases are K sets of the four linears of each block; adaLN, embedders and final layer are shared by all experts.
-Weights are mixed once per forward pass, then the plain backbone's computation runs.
+Weights are mixed once per optimiser step, then the plain backbone's computation runs. The bases' gradients are of rank
+one, `dL/dW_k = alpha_k G` with G that of the mixed weight, and `dL/dalpha_k = <W_k, G>`: passes and ranks add up G, the
+gradient of one network, and the K copies are made once, at the end of a step (`RemixDiT.one_step`).
 
 Deviations: the prior weight is annealed linearly from `prior_weight` to 0, as in the paper; `prior_annealing:
 released` is the released code's 2e-4 to 1e-4 (a sign slip), scaled by `prior_weight`. Batches across intervals are
@@ -19,14 +21,17 @@ alike; the prior loss is for `mixer: softmax` only. With `mixer: one_hot` all ba
 AdamW's momentum also moves the bases that a step does not use.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from bench import switches
 from bench.intervals import Interval, partition
 from bench.method import (
     Denoiser,
@@ -40,6 +45,7 @@ from bench.method import (
     load_exactly,
 )
 from methods.backbone import Block, DiT, Shape, attend, init_linear
+from methods.grouped import without_autocast
 
 
 class Bases(nn.Module):
@@ -55,8 +61,27 @@ class Bases(nn.Module):
             init_linear(weight, bias)
 
     def mix(self, mixing: Tensor) -> tuple[Tensor, Tensor]:
-        """mixing (K,) -> the expert's weight (out, in) and bias (out,): one matrix product per stacked tensor."""
-        return (mixing @ self.weight.flatten(1)).view(self.weight.shape[1:]), mixing @ self.bias
+        """mixing (K,) -> the expert's weight (out, in) and bias (out,), in float32 also under autocast."""
+        with without_autocast(self.weight.device.type):
+            return mix(mixing, self.weight), mix(mixing, self.bias)
+
+    @torch.no_grad()
+    def spread(self, mixing: Tensor, weight: nn.Parameter, bias: nn.Parameter) -> Tensor:
+        """Give the bases the gradients that arrived at the mixed weight and bias; returns that of the coefficients (K,)."""
+        of_mixing = torch.zeros_like(mixing)
+        for stacked, mixed in ((self.weight, weight), (self.bias, bias)):
+            assert mixed.grad is not None
+            gradient = mixed.grad.reshape(-1)
+            stacked.grad = torch.outer(mixing, gradient).view_as(stacked)
+            of_mixing += stacked.flatten(1) @ gradient
+        return of_mixing
+
+
+def mix(mixing: Tensor, stacked: Tensor) -> Tensor:
+    """(K,) and (K, ...) -> (...): one matrix product over the stack."""
+    if switches.is_on("mixing"):
+        return (mixing @ stacked.flatten(1)).view(stacked.shape[1:])
+    return (mixing.view(-1, *[1] * (stacked.dim() - 1)) * stacked).sum(dim=0)
 
 
 class BasisAttention(nn.Module):
@@ -95,11 +120,12 @@ class RemixBlock(Block):
     def bases(self) -> dict[str, Bases]:
         return {"attn.qkv": self.attn.qkv, "attn.proj": self.attn.proj, "mlp.fc1": self.mlp.fc1, "mlp.fc2": self.mlp.fc2}
 
-    def forward(self, tokens: Tensor, condition: Tensor, mixing: Tensor) -> Tensor:  # type: ignore[override]
-        """tokens (B, N, D), condition (B, D), mixing (K,)."""
-        qkv, proj, fc1, fc2 = (
-            partial(F.linear, weight=weight, bias=bias) for weight, bias in (b.mix(mixing) for b in self.bases().values())
-        )
+    def forward(  # type: ignore[override]
+        self, tokens: Tensor, condition: Tensor, mixing: Tensor, mixed: Sequence[tuple[Tensor, ...]] = ()
+    ) -> Tensor:
+        """tokens (B, N, D), condition (B, D), mixing (K,); `mixed`: the four weights and biases, where they are mixed already."""
+        mixed = mixed or [linear.mix(mixing) for linear in self.bases().values()]
+        qkv, proj, fc1, fc2 = (partial(F.linear, weight=weight, bias=bias) for weight, bias in mixed)
         return self.apply_branches(
             tokens,
             condition,
@@ -146,6 +172,7 @@ class RemixDiT(Method):
             logits = logits.softmax(dim=-1)
         if coefficients == "local":
             logits = logits.unsqueeze(1).repeat(1, shape.depth, 1)
+        self.mixed: list[list[tuple[nn.Parameter, ...]]] = []  # inside `one_step`: of each block, its four weights and biases
         self.logits = nn.Parameter(logits, requires_grad=mixer != "one_hot")  # (E, K) or, local, (E, L, K)
 
     def coefficients(self) -> Tensor:
@@ -165,12 +192,39 @@ class RemixDiT(Method):
     def forward(self, x: Tensor, t: Tensor, y: Tensor, interval: Interval, progress: float = 0.0) -> Prediction:
         check_timesteps(t, interval, self.num_timesteps)
         tokens, _, condition = self.network.embed(x, t, y)
-        for block, mixing in zip(self.network.blocks, self.block_coefficients(interval), strict=True):
-            tokens = block(tokens, condition, mixing)
+        mixed = self.mixed or [[]] * len(self.network.blocks)
+        for block, mixing, weights in zip(self.network.blocks, self.block_coefficients(interval), mixed, strict=True):
+            tokens = block(tokens, condition, mixing, weights)
         output = self.network.decode(tokens, condition)
         if self.mixer != "softmax" or self.prior_weight == 0:
             return Prediction(output, {})
         return Prediction(output, {"mixing_prior": self.annealed_prior_weight(progress) * self.prior_loss()})
+
+    @contextmanager
+    def one_step(self, interval: Interval) -> Iterator[list[nn.Parameter]]:
+        """Mixed here, once; passes and ranks then share the gradient of one network, from which that of the bases follows."""
+        stacked = {id(p) for block in self.network.blocks for linear in block.bases().values() for p in linear.parameters()}
+        if not switches.is_on("mixing") or any(isinstance(p, DTensor) for p in self.parameters()):
+            with super().one_step(interval) as leaves:
+                yield leaves
+            return
+        coefficients = self.block_coefficients(interval)  # (L, K)
+        with torch.no_grad():
+            self.mixed = [
+                [tuple(map(nn.Parameter, linear.mix(mixing))) for linear in block.bases().values()]
+                for block, mixing in zip(self.network.blocks, coefficients, strict=True)
+            ]
+        try:
+            others = [p for p in self.parameters() if p.requires_grad and id(p) not in stacked]
+            yield others + [p for of_block in self.mixed for pair in of_block for p in pair]
+            gradient = torch.zeros_like(coefficients)
+            for index, block in enumerate(self.network.blocks):
+                for linear, pair in zip(block.bases().values(), self.mixed[index], strict=True):
+                    gradient[index] += linear.spread(coefficients[index].detach(), *pair)
+            if coefficients.requires_grad:
+                coefficients.backward(gradient)
+        finally:
+            self.mixed = []
 
     def prior_loss(self) -> Tensor:
         """Mean over all experts of the cross-entropy of their logits to their prior basis (scalar, unweighted)."""

@@ -17,13 +17,15 @@ gradient, as its result is a constant.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
+from bench import switches
 from bench.intervals import Interval, partition
 from bench.method import (
     Denoiser,
@@ -87,6 +89,9 @@ class SwitchBlock(nn.Module):
     def mask(self, tokens: Tensor, gates: Tensor) -> Tensor:
         """(B, N, D): one plus the gated sum of the experts, as one linear per sample."""
         width = tokens.shape[-1]
+        if not switches.is_on("masks"):
+            of_experts = [tokens @ w.to(tokens.dtype) + b for w, b in zip(self.expert_weight, self.expert_bias, strict=True)]
+            return 1 + (torch.stack(of_experts, dim=-1) * gates[:, None, None, :].to(tokens.dtype)).sum(dim=-1)
         weight = (gates @ self.expert_weight.flatten(1)).view(-1, width, width)  # (B, in, out)
         bias = gates @ self.expert_bias  # (B, D)
         return 1 + torch.bmm(tokens, weight.to(tokens.dtype)) + bias.unsqueeze(1).to(tokens.dtype)
@@ -106,16 +111,30 @@ class SwitchDiT(Method):
         self.num_timesteps = num_timesteps
         self.experts, self.top_k, self.prior_weight = experts, top_k, prior_weight
         self.network = DiT(shape, lambda shape: SwitchBlock(shape, experts, top_k))  # type: ignore[arg-type, return-value]
+        self.in_step = False  # see `one_step`
+        self.matching: Matching | None = None
         self.target: Tensor  # (T, L*M) bool
         target = target_slots(num_timesteps, shape.depth * experts, shape.depth * top_k)
         self.register_buffer("target", target, persistent=False)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, interval: Interval, progress: float = 0.0) -> Prediction:
         check_timesteps(t, interval, self.num_timesteps)
+        if self.prior_weight and switches.is_on("matching"):
+            self.begin_matching(t.is_floating_point())  # before the network: the host solves it while the device computes
         output, probabilities = self.denoise_and_route(x, t, y)
         if self.prior_weight == 0:
             return Prediction(output, {})
         return Prediction(output, {"diffusion_prior": self.prior_weight * self.prior(probabilities, t)})
+
+    @contextmanager
+    def one_step(self, interval: Interval) -> Iterator[list[nn.Parameter]]:
+        """The gates are those of the step's beginning, so one assignment serves all its passes."""
+        self.in_step, self.matching = True, None
+        try:
+            with super().one_step(interval) as leaves:
+                yield leaves
+        finally:
+            self.in_step, self.matching = False, None
 
     def denoise_and_route(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Output (B, C_out, H, W) and the gates' probabilities of all blocks (B, L, M)."""
@@ -133,7 +152,8 @@ class SwitchDiT(Method):
         """The unweighted prior loss (scalar) of probabilities (B, L, M) at timesteps t (B,): the gradient flows through
         the probabilities only.
         """
-        matched = self.matched_target(t.is_floating_point())[timestep_index(t, self.num_timesteps)]  # (B, L*M)
+        matched = self.matched_target(t.is_floating_point())  # (T, L*M)
+        matched = matched[timestep_index(t, self.num_timesteps)]  # (B, L*M)
         target = matched / matched.sum(dim=-1, keepdim=True)
         return jensen_shannon(probabilities.flatten(1) / probabilities.shape[1], target)
 
@@ -143,9 +163,19 @@ class SwitchDiT(Method):
 
         In float32 under autocast too: bfloat16 does not hold counts up to T, nor near-ties between experts.
         """
-        with without_autocast(self.target.device.type):
-            target = self.target.float()
-            return target[:, match_columns(match_cost(self.all_chosen(continuous).flatten(1), target))]
+        matching = self.matching or self.begin_matching(continuous)
+        if not (self.in_step and switches.is_on("matching")):
+            self.matching = None  # the gates may be others the next time
+        return self.target.float()[:, matching.columns()]
+
+    @torch.no_grad()
+    def begin_matching(self, continuous: bool) -> "Matching":
+        """Under way, unless it already is."""
+        if self.matching is None:
+            with without_autocast(self.target.device.type):
+                chosen = self.all_chosen(continuous).flatten(1)
+                self.matching = Matching(match_cost(chosen, self.target.float()))
+        return self.matching
 
     @torch.no_grad()
     def all_probabilities(self, continuous: bool = False) -> Tensor:
@@ -168,6 +198,10 @@ class SwitchDiT(Method):
         for block in self.network.blocks:
             block.expert_weight.zero_()
             block.expert_bias.zero_()
+
+    def units(self) -> list[nn.Module]:
+        """Each gate on its own, too: the prior asks them at all timesteps, outside their blocks."""
+        return [*(block.gate for block in self.network.blocks), *super().units()]
 
     def num_active_parameters(self) -> int:
         idle = (self.experts - self.top_k) / self.experts
@@ -207,6 +241,30 @@ def match_columns(cost: Tensor) -> Tensor:
 @match_columns.register_fake
 def _(cost: Tensor) -> Tensor:
     return cost.new_empty(cost.shape[0], dtype=torch.int64)
+
+
+class Matching:
+    """An assignment under way. On a GPU the costs travel to the host while the device goes on, and `columns` waits for
+    no more than them: whoever asks after the network has been queued keeps the device busy.
+    """
+
+    def __init__(self, cost: Tensor) -> None:
+        self.device, self.cost = cost.device, cost
+        self.found: Tensor | None = None
+        if cost.is_cuda:
+            self.cost = torch.empty(cost.shape, dtype=cost.dtype, pin_memory=True).copy_(cost, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def columns(self) -> Tensor:
+        """Those of `match_columns`."""
+        if self.found is None:
+            if self.device.type == "cuda":
+                self.arrived.synchronize()
+                self.found = match_columns(self.cost).pin_memory().to(self.device, non_blocking=True)
+            else:
+                self.found = match_columns(self.cost)
+        return self.found
 
 
 def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:

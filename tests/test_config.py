@@ -70,6 +70,8 @@ NOT_ALLOWED = {
     "evaluation.guidance_scale=-1": ("evaluation.guidance_scale is -1.0",),
     "evaluation.guidance_channels=-1": ("evaluation.guidance_channels is -1",),
     "system.log_every=0": ("system.log_every is 0",),
+    "system.compile=fast": ("system.compile is 'fast'", "none, blocks, cuda_graphs"),
+    "system.plain=ema,speed": ("system.plain", "'speed'", "attention, optimizer"),
     "system.checkpoint_every=-1": ("system.checkpoint_every is -1",),
 }
 
@@ -106,6 +108,7 @@ NOT_POSSIBLE = {
     "train.init_from=/nowhere": ("/nowhere",),
     "train.init_from=.": ("not a run folder",),
     "system.device=toaster": ("'toaster'", "choose cpu or cuda"),
+    "system.compile=cuda_graphs": ("system.compile is cuda_graphs", "GPU", "choose blocks or none"),
     "system.device=meta": ("'meta'", "choose cpu or cuda"),
 }
 
@@ -177,6 +180,8 @@ OTHER_CHOICES = {
     "evaluation.sampler": "ddim",
     "evaluation.extractor": "inception",
     "system.experts": "separate_jobs",
+    "system.compile": "blocks",
+    "system.plain": "ema",
 }
 
 

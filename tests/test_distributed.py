@@ -32,6 +32,7 @@ VARIANTS = {method: (method, AVERAGED) for method in RUNS} | {
     "local balance": ("dit_moe", ("options.balance_scope=local", "options.balance_weight=1")),
     "heavy balance": ("dit_moe", ("options.balance_weight=1",)),
     "uncertainty": ("dense", ("diffusion.loss_weight=uncertainty",)),
+    "bases exchanged": ("remix_dit", (*AVERAGED, "system.plain=mixing")),
     "flow": ("switch_dit", ("diffusion.objective=flow", "diffusion.flow_times=stratified")),
 }
 BY_THE_CLOCK = ("budget.unit=device_seconds", "budget.amount=0.3", "train.lr_schedule=cosine")
@@ -134,6 +135,12 @@ def test_ranks_end_with_the_same_bytes_and_match_one_process(variant, pair, tmp_
         assert one.keys() == other.keys() and one.pop("kind") == other.pop("kind")
         for name in one:  # rank 0 writes the losses of all ranks
             assert one[name] == pytest.approx(other[name], rel=1e-3), name
+
+
+def test_gradients_of_one_mixed_network_exchanged_are_those_of_all_bases(pair):
+    """Ranks that share an expert need no more than its gradient: the bases' follow from it and the coefficients."""
+    start = state_of(tiny_trainer("remix_dit", *AVERAGED))
+    assert distance(of_rank(pair, "remix_dit", 0), of_rank(pair, "bases exchanged", 1), start) < 2e-3
 
 
 def test_ranks_resume_together(pair, tmp_path):

@@ -18,10 +18,17 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_reference_tables_follow_from_the_committed_results(tmp_path):
-    shutil.copy(REFERENCE / "results.csv", tmp_path)
+    for name in ("results.csv", "protocols.json"):
+        shutil.copy(REFERENCE / name, tmp_path)
     assert cli.main(["tables", str(tmp_path)]) == 0
-    for name in ("results.csv", "table.md", "table.tex"):
+    for name in ("results.csv", "protocols.json", "table.md", "table.tex"):
         assert (tmp_path / name).read_bytes() == (REFERENCE / name).read_bytes(), name
+
+
+def test_what_was_not_kept_of_the_reference_is_said(capsys):
+    """Its runs are not committed: of its figures nobody can tell whether they follow."""
+    assert cli.main(["tables", str(REFERENCE), "--check"]) == 0
+    assert "not checked, as no runs are kept in" in capsys.readouterr().out
 
 
 def test_the_readme_shows_the_reference_table():

@@ -8,7 +8,7 @@ from bench.data.source import UINT8_RULE, DataSource, ImageSet, balanced_order, 
 
 __all__ = ["DATA_SETS", "UINT8_RULE", "DataSource", "ImageSet", "balanced_order", "load_data", "to_uint8"]
 
-DATA_SETS = ("digits", "cifar10", "folder", "latents")
+DATA_SETS = ("digits", "cifar10", "folder", "packed", "latents")
 
 
 def load_data(config: DataConfig) -> DataSource:
@@ -31,6 +31,10 @@ def load_data(config: DataConfig) -> DataSource:
         from bench.data.folder import load_folder
 
         return load_folder(config)
+    if config.name == "packed":
+        from bench.data.packed import load_packed
+
+        return load_packed(config)
     if config.name == "latents":
         from bench.data.latents import load_latents
 

@@ -34,8 +34,8 @@ class LatentImages:
         return len(self.rows)
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        x = np.asarray(self.latents[self.rows[indices.numpy()]], dtype=np.float32)
-        return torch.from_numpy(x) * self.scaling, self.labels[indices]
+        gathered = np.take(self.latents, self.rows[indices.numpy()], axis=0)  # a copy, of these rows alone
+        return torch.from_numpy(gathered.astype(np.float32, copy=False)).mul_(self.scaling), self.labels[indices]
 
 
 def load_latents(config: DataConfig) -> DataSource:

@@ -67,7 +67,7 @@ class TensorImages:
 
 def to_unit_range(images: Tensor) -> Tensor:
     """uint8 0..255 -> float32 in [-1, 1]; float32 passes."""
-    return images.float() / 127.5 - 1.0 if images.dtype == torch.uint8 else images
+    return images.float().div_(127.5).sub_(1.0) if images.dtype == torch.uint8 else images  # in place: memory is what it costs
 
 
 def to_uint8(x: Tensor) -> Tensor:

@@ -1,0 +1,174 @@
+"""Under which frozen protocol are images scored?
+
+A protocol is all that determines a score, and has a hash; scores of different hashes are never set side by side.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch_fidelity
+from torch import Tensor
+
+from bench import adm, fidelity
+from bench.config import ONLY_WHEN_SET, EvaluationConfig, content_hash
+from bench.data import UINT8_RULE, DataSource
+from bench.data.source import hash_file
+from bench.walk import solver_of
+
+LABEL_SCHEME = "balanced: image i has class i modulo the number of classes"
+
+
+@dataclass(frozen=True)
+class EvalProtocol:
+    """All that determines a score, apart from the network. Paths say where to find what the hashes name; they do not count."""
+
+    extractor: str
+    extractor_sha256: str
+    data: str
+    data_sha256: str
+    reference: str  # train: the training set; adm: a reference file
+    reference_sha256: str
+    num_samples: int
+    sampler: str
+    steps: str
+    eta: float
+    guidance_scale: float
+    guidance_channels: int
+    seed: int
+    block_size: int
+    kid_subset_size: int
+    kid_subsets: int = 100
+    kid_kernel: str = ""
+    neighbours: int = 3  # k of precision and recall
+    inception_score_splits: int = 10
+    feature_batch_size: int = 50
+    label_scheme: str = LABEL_SCHEME
+    decoder: str = "none"
+    precision: str = "fp32"
+    uint8_rule: str = UINT8_RULE
+    torch_fidelity: str = torch_fidelity.__version__
+    guidance_start: int = 0  # these three count only where they are set
+    guidance_stop: int = 0
+    solver: str = ""  # the library that takes the steps, if it is not this one
+    extractor_path: str = field(default="", compare=False)
+    reference_path: str = field(default="", compare=False)
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What counts, by name: no paths, and nothing that is left unset of what older protocols did not have."""
+        counting = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.compare}
+        return {name: value for name, value in counting.items() if value or name not in ONLY_WHEN_SET}
+
+    @property
+    def hash(self) -> str:
+        return content_hash(self.content)
+
+
+def protocol_of(config: EvaluationConfig, data: DataSource) -> EvalProtocol:
+    """The protocol that a configuration and a data set make; ValueError in one sentence if they cannot be scored so."""
+    _check_extractor_fits(config.extractor, data)
+    if config.sampler != "ddim" and config.eta != 0:
+        raise ValueError(f"evaluation.eta is {config.eta}, which only the ddim sampler has: set it to 0 for {config.sampler}")
+    protocol = EvalProtocol(
+        extractor=config.extractor,
+        extractor_sha256=fidelity.weights_hash(config.extractor, config.extractor_weights),
+        data=data.name,
+        data_sha256=data.content_hash,
+        reference="adm" if config.reference else "train",
+        reference_sha256=_reference_hash(config, data),
+        num_samples=config.num_samples,
+        sampler=config.sampler,
+        steps=config.steps,
+        eta=config.eta,
+        guidance_scale=config.guidance_scale,
+        guidance_channels=config.guidance_channels,
+        guidance_start=config.guidance_start,
+        guidance_stop=config.guidance_stop,
+        solver=solver_of(config.sampler),
+        precision=config.precision,
+        seed=config.seed,
+        block_size=config.block_size,
+        kid_subset_size=config.kid_subset_size,
+        kid_kernel="(x.y/width + 1)^3" if config.extractor == "inception" else "(x.y + 1)^3 of features of unit length",
+        extractor_path=config.extractor_weights,
+        reference_path=config.reference,
+    )
+    _check_counts(protocol, data)
+    return protocol
+
+
+def differences(a: EvalProtocol | Mapping[str, Any], b: EvalProtocol | Mapping[str, Any]) -> list[str]:
+    """Names of the fields in which two protocols, or the contents of two, differ."""
+    left, right = (dict(p.content if isinstance(p, EvalProtocol) else p) for p in (a, b))
+    missing = object()
+    return sorted(name for name in {*left, *right} if left.get(name, missing) != right.get(name, missing))
+
+
+def _reference_hash(config: EvaluationConfig, data: DataSource) -> str:
+    """Of the reference file, after a look at whether it fits; of the data set, if there is none."""
+    if not config.reference:
+        return data.content_hash
+    path = Path(config.reference)
+    width, expected = len(adm.read_reference(path).mean), fidelity.FEATURE_WIDTHS[config.extractor]
+    if width != expected:
+        raise ValueError(
+            f"{path} has statistics of {width} features, but {config.extractor} has {expected}: choose another reference"
+        )
+    shape = adm.image_shape(path)
+    own = (data.channels, data.input_size, data.input_size)
+    if shape is not None and shape[1:] != own:
+        raise ValueError(f"{path} has images of shape {shape[1:]}, but {data.name} has {own}: choose another reference")
+    return hash_file(path)
+
+
+def _check_extractor_fits(extractor: str, data: DataSource) -> None:
+    if not data.pixels:
+        raise ValueError(f"data set {data.name!r} holds latents, which cannot be scored as images: evaluate a data set of pixels")
+    if extractor == "digits" and data.name != "digits":
+        raise ValueError(f"evaluation.extractor is digits, but the data set is {data.name!r}: choose inception")
+    if extractor == "inception" and data.channels != 3:
+        raise ValueError(
+            f"evaluation.extractor is inception, which needs 3 channels, but {data.name} has {data.channels}: choose digits"
+        )
+
+
+def _check_counts(protocol: EvalProtocol, data: DataSource) -> None:
+    """Too few images for a metric: Kernel distance subsets, one image per part of the Inception Score, a covariance."""
+    least = max(protocol.kid_subset_size, protocol.inception_score_splits, protocol.neighbours + 1)
+    if protocol.num_samples < least:
+        raise ValueError(
+            f"evaluation.num_samples is {protocol.num_samples}, but the metrics need {least} "
+            f"(evaluation.kid_subset_size is {protocol.kid_subset_size}): draw more, or lower evaluation.kid_subset_size"
+        )
+    shape = adm.image_shape(Path(protocol.reference_path)) if protocol.reference == "adm" else None
+    num_reference = len(data.train) if shape is None else shape[0]
+    least = max(protocol.kid_subset_size, protocol.neighbours + 1)
+    if num_reference < least:
+        raise ValueError(
+            f"there are {num_reference} images to compare samples with, but the metrics need {least} "
+            f"(evaluation.kid_subset_size is {protocol.kid_subset_size}): lower it, or use a larger set"
+        )
+    if len(data.heldout) < 2:
+        raise ValueError(f"{len(data.heldout)} images are held out, too few for a covariance: hold out more")
+
+
+def check_data(protocol: EvalProtocol, data: DataSource) -> None:
+    """ValueError unless the protocol was made for this data set."""
+    if data.content_hash != protocol.data_sha256:
+        raise ValueError(f"the data set {data.name!r} is not the one the protocol was made for: make the protocol from it again")
+
+
+def check_samples(samples: Tensor, labels: Tensor, protocol: EvalProtocol, data: DataSource) -> None:
+    """ValueError unless these are the images and labels that the protocol asks for."""
+    expected = (protocol.num_samples, data.channels, data.input_size, data.input_size)
+    if samples.dtype != torch.uint8 or tuple(samples.shape) != expected:
+        raise ValueError(f"samples are {samples.dtype} {tuple(samples.shape)}, but the protocol asks for torch.uint8 {expected}")
+    if labels.dtype != torch.int64 or len(labels) != len(samples) or labels.ndim != 1:
+        raise ValueError(
+            f"labels are {labels.dtype} {tuple(labels.shape)}, but there must be one int64 for each of {len(samples)} samples"
+        )
+    if not torch.equal(labels.cpu(), torch.arange(len(labels)) % data.num_classes):
+        raise ValueError(f"the labels of the samples do not follow the protocol ({LABEL_SCHEME}): draw them in that order")

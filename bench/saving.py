@@ -1,0 +1,28 @@
+"""Where does a trainer's state go, and where does it come back from? Whole, or from each rank its part."""
+
+from typing import TYPE_CHECKING, Any
+
+from bench import checkpoint, sharded_checkpoint
+from bench.training_state import counters_of, take, tensors_of
+
+if TYPE_CHECKING:
+    from bench.trainer import Trainer
+
+
+def save(trainer: "Trainer") -> None:
+    """A checkpoint of everything that the next step depends on, if there is a folder for it. All ranks call this."""
+    if trainer.folder and trainer.is_sharded:
+        sharded_checkpoint.save(trainer)
+    elif trainer.folder and trainer.world.is_main:
+        checkpoint.save(trainer.folder / "checkpoints", trainer.steps_done, tensors_of(trainer), counters_of(trainer))
+
+
+def take_newest(trainer: "Trainer") -> dict[str, Any] | None:
+    """Be where the newest sound checkpoint was made; its counters, None if there is none."""
+    if trainer.folder and trainer.is_sharded:
+        return sharded_checkpoint.load_latest(trainer)
+    found = checkpoint.load_latest(trainer.folder / "checkpoints") if trainer.folder else None
+    if found is None:
+        return None
+    take(trainer, found)
+    return found.counters

@@ -1,0 +1,206 @@
+"""How is the state of a sharded run kept, and how does it become an ordinary run's?
+
+A checkpoint is a folder into which each rank writes its parts (torch.distributed.checkpoint, as safetensors), with the
+counters and a digest of every file. It gets its name when all is written; the last two are kept, a damaged one is passed
+over with a warning, another number of ranks can read it, and loading executes nothing. At the end of training the weights
+and averages are gathered, one tensor at a time, into a checkpoint as `bench.checkpoint` writes them.
+"""
+
+import errno
+import json
+import os
+import shutil
+import struct
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from bench.checkpoint import KEPT, digest_of, take_in
+from bench.config import RunConfig
+from bench.data.source import hash_file
+from bench.distributed import World, whole
+from bench.files import read_json, write_json_atomically
+from bench.training_state import counters_of, optimizer_entries, take_counters, tensors_of
+
+if TYPE_CHECKING:
+    from bench.trainer import Trainer
+
+SUFFIX = ".sharded"
+DTYPES = {
+    **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
+    **{torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"},
+}  # as safetensors calls them
+
+
+def check(config: RunConfig, folder: Path, world: World) -> None:
+    """ValueError in one sentence if the run in this folder was begun in the other way, or cannot be sharded."""
+    sharded = config.system.shard == "full"
+    if sharded and config.train.init_from:
+        raise ValueError("system.shard is full, and train.init_from starts from a whole network: set one of them to its default")
+    if sharded and config.evaluation.curve_every:
+        raise ValueError(
+            "system.shard is full, and evaluation.curve_every scores weights on the way, which are not gathered before the end: "
+            "set evaluation.curve_every=0"
+        )
+    if sharded and world.size == 1:
+        raise ValueError(
+            "system.shard is full, but there is only one rank to hold the parts: start more (a profile with tasks_per_node, or "
+            "torchrun), or set system.shard=none"
+        )
+    begun_sharded, begun_whole = bool(list_checkpoints(folder)), any(folder.glob("checkpoints/step-*.safetensors"))
+    if (begun_whole and sharded and not begun_sharded) or (begun_sharded and not sharded):
+        begun_with = "full" if begun_sharded else "none"
+        raise ValueError(f"run {folder.name} was begun with system.shard={begun_with}: go on so, or delete its folder")
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Of the run in that folder, oldest first."""
+    return sorted(folder.glob(f"checkpoints/step-*{SUFFIX}"))
+
+
+def save(trainer: "Trainer") -> None:
+    """Write the state after the trainer's step and remove all but the last two. All ranks take part."""
+    assert trainer.folder is not None
+    world, path = trainer.world, trainer.folder / "checkpoints" / f"step-{trainer.steps_done:09d}{SUFFIX}"
+    temporary = path.parent / f".tmp-{path.name}"
+    with world.together():
+        if world.is_main:
+            for leftover in path.parent.glob(".tmp*"):  # of processes killed while they wrote
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            temporary.mkdir(parents=True)
+    writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+    try:
+        dcp.save(_saved(tensors_of(trainer)), storage_writer=writer)
+    except CheckpointException as error:  # of whichever rank; on all
+        raise OSError(errno.EIO, _first_failure(error), str(temporary)) from None
+    digests = _digests(temporary, world)
+    with world.together():
+        if world.is_main:
+            write_json_atomically(temporary / "counters.json", {"counters": counters_of(trainer), "digests": digests})
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(temporary, path)
+            there = list_checkpoints(trainer.folder)
+            kept = [other for other in there if other <= path][-KEPT:]
+            for other in there:
+                if other not in kept:
+                    shutil.rmtree(other)
+
+
+def load_latest(trainer: "Trainer") -> dict[str, Any] | None:
+    """Be where the newest sound checkpoint was made; its counters, None if there is none. All ranks take part.
+
+    ValueError if there are some and all are damaged, or if it is of another network.
+    """
+    assert trainer.folder is not None
+    paths = list_checkpoints(trainer.folder)
+    trainer.world.barrier()
+    for path in reversed(paths):
+        counters, digests = _read_counters(path)
+        if _digests(path, trainer.world) == digests:
+            _load(trainer, path)
+            take_counters(trainer, counters)
+            return counters
+        warnings.warn(f"checkpoint {path} is damaged (its contents do not match its checksums): it is passed over", stacklevel=2)
+    if paths:
+        raise ValueError(f"every checkpoint in {paths[0].parent} is damaged: delete that folder to train from the start")
+    return None
+
+
+def gather(trainer: "Trainer") -> Path:
+    """Leave an ordinary checkpoint without the optimiser's state, which an ordinary trainer restores. All ranks take part."""
+    assert trainer.folder is not None
+    tensors = {name: tensor for name, tensor in tensors_of(trainer).items() if not name.startswith("optimizer.")}
+    path = trainer.folder / "checkpoints" / f"step-{trainer.steps_done:09d}.safetensors"
+    write_whole(path, tensors, counters_of(trainer), trainer.world)
+    return path
+
+
+def write_whole(path: Path, tensors: Mapping[str, Tensor], counters: dict[str, Any], world: World) -> None:
+    """As `bench.checkpoint.save` writes them; no rank ever holds more than its parts and one tensor."""
+    names, temporary = sorted(tensors), path.with_suffix(".tmp")
+    unknown = "0" * 64  # the digest's place: it is known when all is written
+    header: dict[str, Any] = {"__metadata__": {"counters": json.dumps(counters, sort_keys=True), "digest": unknown}}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest = digest_of(counters)
+    with world.together():
+        file = open(temporary, "wb") if world.is_main else None  # noqa: SIM115
+        if file:
+            file.write(struct.pack("<Q", len(text)) + text)
+    try:
+        for name in names:
+            tensor = whole(tensors[name].detach()).cpu().contiguous()
+            with world.together():
+                if file:
+                    file.write(take_in(digest, name, tensor))
+        with world.together():
+            if file:
+                file.seek(8 + text.index(unknown.encode()))
+                file.write(digest.hexdigest().encode())
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(temporary, path)
+    finally:
+        if file:
+            file.close()
+            temporary.unlink(missing_ok=True)
+
+
+def take_whole(trainer: "Trainer", path: Path) -> None:
+    """Be where an ordinary checkpoint without the optimiser's state was made, one tensor after the other."""
+    with safe_open(path, framework="pt") as file:
+        for name, tensor in tensors_of(trainer).items():
+            tensor.copy_(file.get_tensor(name))
+        take_counters(trainer, json.loads(file.metadata()["counters"]))
+
+
+def _load(trainer: "Trainer", path: Path) -> None:
+    reader = dcp.HuggingFaceStorageReader(str(path))
+    there = reader.read_metadata().state_dict_metadata
+    present = tensors_of(trainer) | optimizer_entries(trainer, there)
+    saved = _saved(present)
+    unfit = sorted(saved.keys() ^ there.keys()) + [n for n in saved.keys() & there.keys() if saved[n].shape != there[n].size]  # type: ignore[union-attr]
+    if unfit:
+        raise ValueError(f"the checkpoint {path} does not fit the network ({', '.join(unfit[:5])}): give one of the same sizes")
+    dcp.load(saved, storage_reader=reader)
+
+
+def _saved(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The same storage; what has no dimension gets one, which the format needs."""
+    return {name: tensor.view(1) if tensor.dim() == 0 else tensor for name, tensor in tensors.items()}
+
+
+def _read_counters(path: Path) -> tuple[dict[str, Any], dict[str, str] | None]:
+    """And the digests of the files; None where there are none that can be read."""
+    try:
+        kept = read_json(path / "counters.json", dict)
+    except ValueError:
+        return {}, None
+    return kept.get("counters", {}), kept.get("digests")
+
+
+def _digests(folder: Path, world: World) -> dict[str, str]:
+    """File -> SHA-256; each rank reads its share."""
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    own = {name: hash_file(folder / name) for name in names[world.rank :: world.size]}
+    of_ranks: list[dict[str, str] | None] = [None] * world.size
+    dist.all_gather_object(of_ranks, own)
+    return {name: digest for of_rank in of_ranks for name, digest in (of_rank or {}).items()}
+
+
+def _first_failure(error: CheckpointException) -> str:
+    rank, (cause, _) = next(iter(error.failures.items()))
+    return f"rank {rank}: {cause}"

@@ -1,0 +1,50 @@
+"""Which optimisations are on?
+
+Each has a plain form that gives the same numbers up to rounding, and can be switched off by its name: in a run by
+`system.plain`, around a piece of code by `without`. As with the number of threads, it holds for the whole process.
+"""
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+SWITCHES = {
+    "attention": "one fused kernel; plain: two matrix products around a softmax",
+    "optimizer": "AdamW as one fused kernel; plain: parameter after parameter",
+    "ema": "the average of all parameters in one call; plain: parameter after parameter",
+    "grouped": "experts as grouped matrix products; plain: expert after expert on its slice of the sorted rows",
+    "mixing": "bases as a matrix product, once for all passes of a step, whose gradients (and messages between ranks) are those "
+    "of the mixed network; plain: multiplied and summed in every pass",
+    "masks": "one linear per sample, mixed from its experts; plain: all experts, weighed and summed",
+    "matching": "the assignment solved while the network runs, once for all passes of a step; plain: in every pass, afterwards",
+}
+_off: frozenset[str] = frozenset()
+
+
+def is_on(name: str) -> bool:
+    assert name in SWITCHES, name
+    return name not in _off
+
+
+def set_plain(names: Collection[str]) -> None:
+    """From now on these are off, and all others on."""
+    global _off
+    _off = frozenset(names)
+
+
+@contextmanager
+def without(*names: str) -> Iterator[None]:
+    """Inside, these are off too. ValueError for a name that is none of them."""
+    before = _off
+    set_plain(before | parse(",".join(names)))
+    try:
+        yield
+    finally:
+        set_plain(before)
+
+
+def parse(names: str) -> frozenset[str]:
+    """Of names with commas between them. ValueError for one that is no optimisation."""
+    chosen = frozenset(name for name in names.split(",") if name)
+    for name in sorted(chosen - SWITCHES.keys()):
+        raise ValueError(f"{name!r} is no optimisation that can be switched off: choose from {', '.join(SWITCHES)}")
+    return chosen
