@@ -32,11 +32,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; the exit code. `arguments`: those of this process by default."""
     if arguments is None:
         signal.signal(signal.SIGTERM, _interrupt)  # a polite kill is as good as Ctrl-C: children end, what is held is let go
+    resumable = False
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
         try:
             parsed = _parse(arguments)
             parsed.may_listen = arguments is None  # to signals: the process is ours
+            resumable = getattr(parsed, "resumable", False)
             return int(parsed.run(parsed) or 0)
         except ValueError as error:
             return _refuse(str(error), _exit_code(error))
@@ -54,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
             if arguments is None:  # Ctrl-C reaches a child twice, from the terminal and from us: let it end in peace
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
-            return _refuse("stopped; the same command goes on from the last checkpoint", 130)
+            return _refuse("stopped" + "; the same command goes on from the last checkpoint" * resumable, 130)
 
 
 def _refuse(message: str, code: int) -> int:
@@ -125,7 +127,7 @@ def make_parser() -> Parser:
     demo.add_argument("--out", type=Path, help="folder for runs and results (default results/demo, or results/demo-quick)")
     demo.add_argument("--workers", type=int, help="runs side by side (default: one per processor)")
     demo.add_argument("settings", nargs="*", metavar="key=value", help="settings for all runs, for example seed=1")
-    demo.set_defaults(run=run_demo)
+    demo.set_defaults(run=run_demo, resumable=True)
 
     train = commands.add_parser(
         "train", help="train and score one run, or resume it", description="Train and score one run, or resume it."
@@ -137,7 +139,7 @@ def make_parser() -> Parser:
     train.add_argument("settings", nargs="*", metavar="key=value", help="settings on top of the file")
     train.add_argument("--runs", type=Path, default=RESULTS / "runs", help="where the run's folder goes (default results/runs)")
     train.add_argument("--expert", type=int, help="with system.experts=separate_jobs: train only this one, from 0 on")
-    train.set_defaults(run=run_train)
+    train.set_defaults(run=run_train, resumable=True)
 
     plan.add_parser(commands)
     sweeps.add_parsers(commands)

@@ -5,6 +5,7 @@ for all.
 """
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+FAREWELL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -188,3 +191,6 @@ def world_from_environment(device: torch.device) -> Iterator[World]:
         yield World(dist.get_rank(), size)
     finally:
         dist.destroy_process_group()
+        # PyTorch remembers the mesh of sharded tensors, and so keeps the group's threads. They need the interpreter once more, to
+        # let go of the last message: were it ending by then, they would abort the process.
+        time.sleep(FAREWELL_SECONDS)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench import switches
 from bench.intervals import Interval
 from bench.method import Denoiser, Method
 
@@ -39,6 +40,7 @@ class Cost:
         return self.forward_flops_per_image / 2
 
 
+@switches.only_off(())  # a budget does not depend on `system.plain`, of this run or of the one before in this process
 def measure(method: Method, image_shape: tuple[int, int, int], num_classes: int) -> Cost:
     """The cost of a method on images (C, H, W), averaged over its intervals by length."""
     twin = copy.deepcopy(method).to("meta")

@@ -122,6 +122,8 @@ def run(
     device = find_device(config.system.device)
     data = load_data(config.data)
     build_whole = partial(build_method, config, data)
+    if config.system.compile != "none" or config.system.compile_sampling:
+        torch.compiler.reset()  # what an earlier run of this process has compiled would count towards the limit on recompiling
     sharded = sharded_run.check(config, folder, world, is_trained(folder))
     method, initial_flops = _initial_method(config, data, folder.parent, world if sharded else None)
     protocol = protocol_of(config.evaluation, data)

@@ -146,7 +146,8 @@ def run_tables(parsed: argparse.Namespace) -> int:
         print("\n".join(checked.faults) or f"all that was checked in {target.folder} follows from its results")
         print("\n".join(checked.unchecked), end="\n" if checked.unchecked else "")
         return 1 if checked.faults else 0
-    paths = show.write_tables(target.folder, _results(target, parsed), target.suite, Console(), parsed.protocol, allow)
+    console = Console(width=None if Console().is_terminal else 160)  # into a file: no column is cut
+    paths = show.write_tables(target.folder, _results(target, parsed), target.suite, console, parsed.protocol, allow)
     print("\n" + "\n".join(str(path) for path in paths))
     return 0
 

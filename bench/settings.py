@@ -7,6 +7,7 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, make_dataclass
+from functools import cache
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -34,7 +35,7 @@ def resolve(tree: Mapping[str, Any], overrides: Iterable[str], methods: Mapping[
     if name not in methods:
         raise ValueError(f"method {name!r} is not known: choose one of {', '.join(methods)}")
     merged.method, merged.options = name, _typed_options(name, methods[name], given.get("options") or {})
-    config = _merge(OmegaConf.structured(RunConfig), merged)
+    config = _merge(_run_schema(), merged)
     try:
         resolved = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
@@ -100,12 +101,21 @@ def _typed_options(method: str, defaults: Mapping[str, Any], given: Any) -> dict
     if unknown:
         allowed = f"choose from {', '.join(defaults)}" if defaults else "it has none at all"
         raise ValueError(f"method {method!r} has no option {', '.join(unknown)}: {allowed}")
-    schema = make_dataclass("Options", [(key, type(value), value) for key, value in defaults.items()])
-    merged = _merge(OmegaConf.structured(schema), given, "options.")
+    merged = _merge(_options_schema(tuple((key, type(value), value) for key, value in defaults.items())), given, "options.")
     try:
         return {str(key): value for key, value in merged.items()}
     except OmegaConfBaseException as error:
         raise ValueError(_one_sentence(error, "options.")) from None
+
+
+@cache  # a suite has hundreds of configurations, and a merge leaves its parts as they are
+def _run_schema() -> Any:
+    return OmegaConf.structured(RunConfig)
+
+
+@cache
+def _options_schema(fields: tuple[tuple[str, type, Any], ...]) -> Any:
+    return OmegaConf.structured(make_dataclass("Options", fields))
 
 
 def _one_sentence(error: Exception, prefix: str = "") -> str:

@@ -58,7 +58,7 @@ class Stream:
         done: list[SeenRound] = []
         for blocks in rounds:
             pause()
-            part = parts / f"features-{blocks[0]:06d}.safetensors" if parts and len(rounds) > 1 else None
+            part = parts / f"features-{blocks[0]:06d}-{self.num_kept}.safetensors" if parts and len(rounds) > 1 else None
             found = _read(part, world) if part and world.decide(part.exists(), device) else None
             done.append(found or self._round(method, blocks, device, world, part, seconds))
         count, drawing = self.protocol.num_samples, sum(one.seconds for one in done)

@@ -53,7 +53,7 @@ def add_parsers(commands: Any) -> None:
     )
     sweep.add_argument("--wait", action="store_true", help="on Slurm: stay, and submit again what the cluster takes away")
     sweep.add_argument("--workers", type=int, help="with --cluster local: processes at a time (default: one per processor)")
-    sweep.set_defaults(run=run_sweep)
+    sweep.set_defaults(run=run_sweep, resumable=True)
 
     status = commands.add_parser("status", help="how far each run of a suite is", description="How far each run of a suite is.")
     _takes_suite(status)

@@ -1,7 +1,8 @@
 """Which optimisations are on?
 
 Each has a plain form that gives the same numbers up to rounding, and can be switched off by its name: in a run by
-`system.plain`, around a piece of code by `without`. As with the number of threads, it holds for the whole process.
+`system.plain`, around a piece of code by `without`. As with the number of threads, it holds for the whole process, until
+the next trainer is made.
 """
 
 from collections.abc import Collection, Iterator
@@ -34,8 +35,15 @@ def set_plain(names: Collection[str]) -> None:
 @contextmanager
 def without(*names: str) -> Iterator[None]:
     """Inside, these are off too. ValueError for a name that is none of them."""
+    with only_off(_off | parse(",".join(names))):
+        yield
+
+
+@contextmanager
+def only_off(names: Collection[str]) -> Iterator[None]:
+    """Inside, these are off, and all others on."""
     before = _off
-    set_plain(before | parse(",".join(names)))
+    set_plain(names)
     try:
         yield
     finally:

@@ -71,7 +71,7 @@ def optimizer_entries(trainer: "Trainer", names: Iterable[str]) -> dict[str, Ten
         name, _, entry = rest.rpartition(".")
         if prefix == "optimizer" and name in named:
             parameter = named[name].detach()
-            empty = parameter.new_zeros(()) if entry == "step" else torch.zeros_like(parameter)
+            empty = torch.zeros((), device=parameter.device) if entry == "step" else torch.zeros_like(parameter)
             trainer.optimizer.state[named[name]][entry] = entries[full_name] = empty
     return entries
 

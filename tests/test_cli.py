@@ -226,6 +226,16 @@ def start(*arguments: object) -> subprocess.Popen[str]:
     )
 
 
+def test_only_a_command_with_checkpoints_promises_to_go_on_from_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bench.throughput.command.method_rows", interrupted)
+    monkeypatch.setattr("bench.demo.run_plan", interrupted)
+    assert_refused(tsbench("throughput"), "tsbench: stopped\n", code=130)
+    assert_refused(tsbench("demo", "--quick", "--out", tmp_path), "the same command goes on from the last checkpoint", code=130)
+
+
 def test_a_polite_kill_stops_cleanly_and_the_same_command_goes_on(tmp_path: Path) -> None:
     settings = [*TINY, "budget.amount=640", "system.log_every=1", "system.checkpoint_every=1"]
     endless = [setting if not setting.startswith("budget") else "budget.amount=6400000" for setting in settings]

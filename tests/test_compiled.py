@@ -5,13 +5,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from command import TINY
 from helpers import VARIANTS, assert_close, batch, tiny
 from torch import nn
 from torch._dynamo.utils import counters
 from training import RUNS, drawn, tiny_config, tiny_data, tiny_trainer
 
 from bench.compiled import compile_blocks
-from bench.job import build_method
+from bench.job import build_method, make_config, run
 from bench.method import Method
 from methods.backbone import Shape
 from methods.dense import Dense
@@ -119,6 +120,14 @@ def test_what_is_not_trained_is_not_compiled(method, tmp_path, monkeypatch):
     for one, other in zip(whole.method.parameters(), compiled.method.parameters(), strict=True):
         assert_close(other, one, 1e-5)
     assert build_method(compiled.config, tiny_data()).state_dict().keys() == compiled.method.state_dict().keys()
+
+
+def test_runs_of_one_process_do_not_use_up_what_the_compiler_would_compile_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.compiled.compile_blocks.__defaults__", ("aot_eager",))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    for width in (16, 24):
+        config = make_config({"method": "dense"}, [*TINY, f"model.width={width}", "system.compile=blocks"])
+        run(config, tmp_path / config.run_id)
 
 
 def test_what_cannot_be_compiled_is_refused_in_one_sentence():

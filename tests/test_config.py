@@ -65,7 +65,7 @@ NOT_ALLOWED = {
     "heldout.bins=0": ("heldout.bins is 0",),
     "evaluation.num_samples=0": ("evaluation.num_samples is 0",),
     "evaluation.num_samples=100000000000": ("evaluation.num_samples is 100000000000",),
-    "evaluation.sampler=heun": ("'heun'", "ancestral, ddim, euler"),
+    "evaluation.sampler=heun": ("'heun'", "ancestral, ddim, dpm_solver, euler"),
     "evaluation.eta=-1": ("evaluation.eta is -1.0", "from 0 to 1"),
     "evaluation.guidance_scale=-1": ("evaluation.guidance_scale is -1.0",),
     "evaluation.guidance_channels=-1": ("evaluation.guidance_channels is -1",),
@@ -180,6 +180,8 @@ OTHER_CHOICES = {
     "evaluation.sampler": "ddim",
     "evaluation.extractor": "inception",
     "system.experts": "separate_jobs",
+    "evaluation.precision": "bf16",
+    "system.shard": "full",
     "system.compile": "blocks",
     "system.plain": "ema",
 }

@@ -68,7 +68,7 @@ def test_no_more_than_a_round_of_images_is_held(monkeypatch: pytest.MonkeyPatch,
     Stream(sampler, protocol, data, 3).run(method, CPU, World(), tmp_path)
     assert len(alive) == 3  # 50, 50 and 30 images
     assert max(alive) - alive[0] <= 3 * 64 + 64  # the three that are kept, not the fifty of a round (3,200 bytes)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"features-{block:06d}.safetensors" for block in (0, 5, 10)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"features-{block:06d}-3.safetensors" for block in (0, 5, 10)]
 
 
 def test_an_interruption_loses_a_round_and_changes_no_score(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -91,6 +91,8 @@ def test_an_interruption_loses_a_round_and_changes_no_score(monkeypatch: pytest.
     samples, scores = Stream(sampler, protocol, data, 60).run(method, CPU, World(), tmp_path)
     assert drawn == [[10, 11, 12]]
     assert scores == whole[1] and torch.equal(samples.images, whole[0].images)
+    more, _ = Stream(sampler, protocol, data, 70).run(method, CPU, World(), tmp_path)  # none of the rounds holds as many
+    assert torch.equal(more.images, sampler.draw(method, CPU).images[:70])
 
 
 def test_a_run_that_keeps_some_samples_has_the_scores_of_one_that_keeps_all(tmp_path: Path) -> None:

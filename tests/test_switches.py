@@ -25,6 +25,7 @@ from training import RUNS, drawn, tiny_trainer
 import methods.grouped
 from bench import switches
 from bench.distributed import World
+from bench.flops import measure
 from bench.journal import Journal
 from bench.switches import SWITCHES, is_on, parse, without
 from methods import METHODS
@@ -231,6 +232,15 @@ def test_a_name_that_is_no_optimisation_is_refused():
     assert parse("") == frozenset() and parse("ema,mixing") == {"ema", "mixing"}
     with pytest.raises(ValueError, match=r"^'speed' is no optimisation that can be switched off: choose from attention, "):
         parse("ema,speed")
+
+
+def test_a_cost_does_not_depend_on_what_is_off():
+    """Of this run, or of the one before in this process: a budget in FLOPs would buy other steps."""
+    for method in ("switch_dit", "remix_dit", "dit_moe"):
+        expected = measure(tiny(method), (2, 4, 4), 3)
+        with without(*SWITCHES):
+            assert measure(tiny(method), (2, 4, 4), 3) == expected
+            assert not any(map(is_on, SWITCHES))
 
 
 def test_what_is_off_is_on_again_afterwards():

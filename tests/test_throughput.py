@@ -110,8 +110,8 @@ def test_another_error_is_not_swallowed():
 
 
 def test_all_methods_are_chosen_unless_some_are_named():
-    assert [each.method for each in contestants([], [SIZE], [4], ["fp32"], "off")] == list(METHODS)
-    grid = contestants(["dense", "dtr"], ["S/2", "B/2"], [4, 8], ["fp32", "bf16"], "off")
+    assert [each.method for each in contestants([], [SIZE], [4], ["fp32"], "none")] == list(METHODS)
+    grid = contestants(["dense", "dtr"], ["S/2", "B/2"], [4, 8], ["fp32", "bf16"], "none")
     assert len(grid) == len(set(grid)) == 16
     together = groups_of(grid, [], together=True)
     assert [(group.beside, len(group.contestants)) for group in together] == [("", 4)] * 4
@@ -119,7 +119,7 @@ def test_all_methods_are_chosen_unless_some_are_named():
 
 
 def test_each_method_is_beside_its_baselines_unless_all_are_together():
-    chosen = contestants(["dense", "dtr"], [SIZE], [4], ["fp32"], "off")
+    chosen = contestants(["dense", "dtr"], [SIZE], [4], ["fp32"], "none")
     apart = groups_of(chosen, ["naive", "dense"], together=False)
     who = [(group.beside, [(each.method, each.plain) for each in group.contestants]) for group in apart]
     assert who == [
@@ -131,7 +131,7 @@ def test_each_method_is_beside_its_baselines_unless_all_are_together():
 
 
 def test_baselines_are_timed_once_and_beside_theirs():
-    chosen = contestants(["dtr", "dense"], [SIZE], [4], ["bf16"], "off")
+    chosen = contestants(["dtr", "dense"], [SIZE], [4], ["bf16"], "none")
     every = with_baselines(chosen, ["naive", "fp32", "dense"])
     assert len(every) == len(set(every)) == 6
     assert {(each.method, each.precision, each.plain) for each in every} == {
@@ -142,7 +142,7 @@ def test_baselines_are_timed_once_and_beside_theirs():
 
 def test_what_a_baseline_is():
     ours = Contestant("dtr:beta=0.5", SIZE, 4, "bf16", "blocks")
-    assert baseline_of(ours, "naive") == Contestant("dtr:beta=0.5", SIZE, 4, "bf16", "off", plain=True)
+    assert baseline_of(ours, "naive") == Contestant("dtr:beta=0.5", SIZE, 4, "bf16", "none", plain=True)
     assert baseline_of(ours, "fp32") == Contestant("dtr:beta=0.5", SIZE, 4, "fp32", "blocks")
     assert baseline_of(ours, "dense") == Contestant("dense", SIZE, 4, "bf16", "blocks")
     assert baseline_of(baseline_of(ours, "naive"), "naive") is None
@@ -239,7 +239,7 @@ def test_batches_lie_ready():
 
 @pytest.fixture(scope="module")
 def rows():
-    chosen = contestants(["dit_moe:experts=4"], [SIZE], [4], ["fp32"], "off")
+    chosen = contestants(["dit_moe:experts=4"], [SIZE], [4], ["fp32"], "none")
     return measure_all(chosen, Task(Setup(), PLAIN, ["naive", "dense"], 3))
 
 
@@ -279,7 +279,7 @@ def test_one_that_does_not_fit_is_a_row_that_says_so(monkeypatch):
         return Entrant(contestant, *others)
 
     monkeypatch.setattr(measure, "Entrant", build)
-    chosen = contestants(["dense", "dtr"], [SIZE], [2], ["fp32"], "off")
+    chosen = contestants(["dense", "dtr"], [SIZE], [2], ["fp32"], "none")
     found = {(row["what"], row["method"]): row for row in measure_all(chosen, Task(Setup(), PLAIN, ["dense"], 1, together=True))}
     assert len(found) == 4
     assert found[TRAINING, "dtr"]["note"].startswith("out of memory: CUDA out of memory. Tried")
@@ -289,7 +289,7 @@ def test_one_that_does_not_fit_is_a_row_that_says_so(monkeypatch):
 
 def test_nothing_is_timed_before_all_is_allowed(monkeypatch):
     monkeypatch.setattr(measure, "Entrant", lambda *_: pytest.fail("built"))
-    chosen = contestants(["dense", "dtr:beta=7"], [SIZE], [2], ["fp32"], "off")
+    chosen = contestants(["dense", "dtr:beta=7"], [SIZE], [2], ["fp32"], "none")
     with pytest.raises(ValueError, match="beta"):
         measure_all(chosen, Task(Setup(), PLAIN))
 
@@ -342,7 +342,7 @@ def test_the_vendors_figure_where_it_is_known(name, flops):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 def test_on_a_gpu():
-    chosen = contestants(["dense"], [SIZE], [4], ["bf16"], "off")
+    chosen = contestants(["dense"], [SIZE], [4], ["bf16"], "none")
     found = measure_all(chosen, Task(Setup("cuda"), PLAIN, ["naive"], 2, 0.01))
     assert all(row["step_seconds"] > 0 for row in found)
     assert all(row["peak_memory_bytes"] > 0 for row in found if row["what"] == TRAINING)

@@ -190,7 +190,7 @@ def row(method, code, seconds, **others):
         "size": SIZE,
         "batch_size": 4,
         "precision": "fp32",
-        "compile": "off",
+        "compile": "none",
         "beside": "",
         "note": "",
     }

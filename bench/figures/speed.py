@@ -95,6 +95,6 @@ def _written(value: float) -> str:
 
 
 def _contestant(row: Any) -> str:
-    compiled = "" if row["compile"] == "off" else f"compiled: {row['compile']}"
+    compiled = "" if row["compile"] == "none" else f"compiled: {row['compile']}"
     words = (row["method"], row["size"], f"batch {row['batch_size']}", row["precision"], compiled)
     return " ".join(str(word) for word in words if word)

@@ -50,7 +50,7 @@ def add_parser(commands: Any, run: Any) -> None:
         "--compile",
         nargs="?",
         const="blocks",
-        default="off",
+        default="none",
         metavar="HOW",
         help="compile ours: blocks (default) or cuda_graphs, as system.compile; plain code stays as it is",
     )
@@ -101,7 +101,7 @@ def check(parsed: argparse.Namespace) -> None:
         raise ValueError(f"--guidance is {parsed.guidance}: give a scale of at least 0; 1 is no guidance")
     if parsed.out and (parsed.out.suffix != ".csv" or parsed.out.is_dir()):
         raise ValueError(f"--out is {parsed.out}: give the name of a file that ends in .csv")
-    if parsed.parts and (parsed.methods or parsed.profile or parsed.settings or parsed.compile != "off"):
+    if parsed.parts and (parsed.methods or parsed.profile or parsed.settings or parsed.compile != "none"):
         raise ValueError("--parts times parts alone: leave out --methods, --profile, --compile and settings")
 
 
@@ -138,7 +138,7 @@ def parts_rows(parsed: argparse.Namespace, setup: "Setup", parts: "Mapping[str, 
     from bench.throughput.contest import contestants
     from bench.throughput.parts import measure_parts
 
-    contestants([], parsed.size, parsed.batch, parsed.precision, "off")  # refuses what is not allowed
+    contestants([], parsed.size, parsed.batch, parsed.precision, "none")  # refuses what is not allowed
     return measure_parts(parts, parsed.size, parsed.batch, parsed.precision, setup, parsed.repeats, parsed.seconds, tell)
 
 

@@ -13,7 +13,6 @@ CHANNELS, INPUT_SIZE, NUM_CLASSES = 4, 32, 1000  # the latents of 256x256 ImageN
 PLAIN, FP32 = "naive", "fp32"  # baselines that are no method
 PRECISIONS = ("fp32", "bf16")
 NUM_SAMPLING_STEPS = 250
-COMPILED = ("system.compile=blocks", "system.compile_sampling=true")
 
 
 @dataclass(frozen=True)
@@ -24,13 +23,13 @@ class Contestant:
     size: str
     batch_size: int
     precision: str = "fp32"
-    compiled: str = "off"  # as system.compile
+    compiled: str = "none"  # as system.compile
     plain: bool = False
 
     @property
     def label(self) -> str:
         words = [self.method, self.size, f"batch {self.batch_size}", self.precision]
-        return " ".join([*words, *[f"compiled ({self.compiled})"] * (self.compiled != "off"), *["naive"] * self.plain])
+        return " ".join([*words, *[f"compiled ({self.compiled})"] * (self.compiled != "none"), *["naive"] * self.plain])
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def contestants(
 def baseline_of(contestant: Contestant, against: str) -> Contestant | None:
     """What a contestant is compared with; None if it is that itself. A baseline in plain code is never compiled."""
     if against == PLAIN:
-        baseline = replace(contestant, plain=True, compiled="off")
+        baseline = replace(contestant, plain=True, compiled="none")
     elif against == FP32:
         baseline = replace(contestant, precision=FP32)
     else:
@@ -95,7 +94,7 @@ def config_of(contestant: Contestant, setup: Setup) -> RunConfig:
         f"evaluation.guidance_scale={setup.guidance_scale}",
         f"evaluation.precision={contestant.precision}",
         f"system.device={setup.device}",
-        *([f"system.compile={contestant.compiled}", "system.compile_sampling=true"] if contestant.compiled != "off" else []),
+        *([f"system.compile={contestant.compiled}", "system.compile_sampling=true"] if contestant.compiled != "none" else []),
     ]
     return job.make_config({}, [*settings, *setup.settings])
 

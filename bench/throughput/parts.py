@@ -100,7 +100,7 @@ def _measure(
     for code in ("ours", PLAIN):
         own = seconds.get(code)
         facts = {"what": name, "method": "", "code": code, "size": size, "batch_size": batch_size, "precision": precision}
-        row: Row = {**facts, "compile": "off", "beside": "", "rounds": len(own or ()), "note": note}
+        row: Row = {**facts, "compile": "none", "beside": "", "rounds": len(own or ()), "note": note}
         row |= spread_columns("step_seconds", spread_of(own) if own else None)
         both = code == "ours" and len(seconds) == 2
         row |= spread_columns(f"speed_over_{PLAIN}", speed_ratio(seconds["ours"], seconds[PLAIN]) if both else None)

@@ -93,7 +93,7 @@ def ratio_columns(frame: pd.DataFrame) -> dict[str, str]:
 
 def contestant_name(row: Any) -> str:
     """What tells the rows of one table apart."""
-    words = [row["method"], row["precision"], "" if row["compile"] == "off" else f"compiled ({row['compile']})", row["code"]]
+    words = [row["method"], row["precision"], "" if row["compile"] == "none" else f"compiled ({row['compile']})", row["code"]]
     return " ".join(str(word) for word in words if word)
 
 
