@@ -124,10 +124,10 @@ def test_what_is_not_trained_is_not_compiled(method, tmp_path, monkeypatch):
 
 def test_runs_of_one_process_do_not_use_up_what_the_compiler_would_compile_anew(tmp_path, monkeypatch):
     monkeypatch.setattr("bench.compiled.compile_blocks.__defaults__", ("aot_eager",))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
-    for width in (16, 24):
-        config = make_config({"method": "dense"}, [*TINY, f"model.width={width}", "system.compile=blocks"])
-        run(config, tmp_path / config.run_id)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for width in (16, 24):
+            config = make_config({"method": "dense"}, [*TINY, f"model.width={width}", "system.compile=blocks"])
+            run(config, tmp_path / config.run_id)
 
 
 def test_what_cannot_be_compiled_is_refused_in_one_sentence():

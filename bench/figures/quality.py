@@ -121,13 +121,16 @@ def _draw(name: str, cost: Cost, table: pd.DataFrame, points: list[tuple[Shown, 
     divisor, prefix = next(each for each in cost.scales if table[cost.metric].max() >= each[0] or each is cost.scales[-1])
     unit = f"{prefix}{cost.unit}"
     all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    floors = (material.floor or {}).get("metrics", {})
+    ranges = [np.append(table[table["panel"] == metric]["fid"], floors.get(metric, [])) for metric, _ in panels]
+    logarithmic = any(spans_much(fids) for fids in ranges)  # panels beside each other are scaled alike
     for axes, (metric, title) in zip(all_axes, panels, strict=True):
         own = table[table["panel"] == metric].assign(x=lambda rows: rows[cost.metric] / divisor)
         _draw_points(axes, own, material)
-        floor = (material.floor or {}).get("metrics", {}).get(metric)
+        floor = floors.get(metric)
         if floor is not None:
             axes.axhline(floor, color="black", linestyle="--", linewidth=1.0, zorder=1, label=FLOOR_LABEL)
-        _scale(axes, own, floor)
+        _scale(axes, own, floor, logarithmic)
         axes.set_title(title)
         axes.set_xlabel(f"{cost.label} ({unit})" if unit else cost.label)
         axes.set_ylabel("FID (lower is better)")
@@ -166,11 +169,16 @@ def _draw_points(axes: Axes, own: pd.DataFrame, material: Material) -> None:
     axes.step(front["x"], front["fid"], where="post", color="#8a8a8a", linewidth=3.0, alpha=0.4, zorder=2, label=FRONT_LABEL)
 
 
-def _scale(axes: Axes, own: pd.DataFrame, floor: float | None) -> None:
-    """Logarithmic where values differ by much, with plain numbers. The points set the limits: an interval may go beyond."""
+def spans_much(values: np.ndarray) -> bool:
+    return bool(values.max() > 4 * values.min() > 0)
+
+
+def _scale(axes: Axes, own: pd.DataFrame, floor: float | None, logarithmic: bool) -> None:
+    """Costs logarithmic where they differ by much, with plain numbers. The points set the limits: an interval may go beyond."""
     fids = np.append(own["fid"], floor if floor is not None else [])
-    for scale, axis, values in ((axes.set_yscale, axes.yaxis, fids), (axes.set_xscale, axes.xaxis, own["x"])):
-        if values.max() > 4 * values.min() > 0:
+    spans = spans_much(own["x"].to_numpy())
+    for is_log, scale, axis in ((logarithmic, axes.set_yscale, axes.yaxis), (spans, axes.set_xscale, axes.xaxis)):
+        if is_log:
             scale("log")
             axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
