@@ -36,7 +36,7 @@ class Launch:
 
     @property
     def logs(self) -> Path:
-        return self.results / "jobs" / Path(self.suite).stem
+        return self.results / "jobs" / Path(self.suite).name.removesuffix(".yaml")  # PAPER.TABLE has a dot of its own
 
     def make_ready(self, choice: Choice, statuses: Statuses) -> Path:
         """Run folders with their configurations, and a snapshot of the code; its folder."""

@@ -69,6 +69,12 @@ def test_the_plan_follows_the_profile_and_the_settings(tmp_path: Path) -> None:
     assert_refused(refused, "batch_size 2 cannot be shared by 4 ranks", "a multiple of 4")
 
 
+def test_the_jobs_of_a_suite_with_a_dot_in_its_name_write_into_a_folder_of_their_own(tmp_path: Path) -> None:
+    suite = write_suite(tmp_path, TWO[0]).rename(tmp_path / "paper.table1.yaml")
+    outcome = sweep(suite, tmp_path / "runs", "--dry-run", cluster="slurm")
+    assert "/jobs/paper.table1/%A" in outcome.out
+
+
 def test_one_run_alone_is_no_array(tmp_path: Path) -> None:
     outcome = sweep(write_suite(tmp_path, TWO[0]), tmp_path / "runs", "--dry-run", cluster="slurm")
     assert "#SBATCH" in outcome.out and "--array" not in outcome.out
