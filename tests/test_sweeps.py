@@ -72,7 +72,7 @@ def test_the_plan_follows_the_profile_and_the_settings(tmp_path: Path) -> None:
 def test_the_jobs_of_a_suite_with_a_dot_in_its_name_write_into_a_folder_of_their_own(tmp_path: Path) -> None:
     suite = write_suite(tmp_path, TWO[0]).rename(tmp_path / "paper.table1.yaml")
     outcome = sweep(suite, tmp_path / "runs", "--dry-run", cluster="slurm")
-    assert "/jobs/paper.table1/%A" in outcome.out
+    assert "/jobs/paper.table1/%" in outcome.out
 
 
 def test_one_run_alone_is_no_array(tmp_path: Path) -> None:
