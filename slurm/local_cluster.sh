@@ -186,14 +186,15 @@ end() { # end SIGNAL PID: and wait for it; KILL after 10 s
 }
 
 end_all_where() { # end_all_where TEST...: KILL every process of the cluster that passes, also those that start meanwhile
-  local path found=1
-  while ((found)); do
-    found=0
+  local path pid found=(any)
+  while [ ${#found[@]} -gt 0 ]; do
+    found=()
     for path in /proc/[0-9]*; do
-      { ours "${path#/proc/}" && "$@" "${path#/proc/}"; } || continue
-      found=1
-      end KILL "${path#/proc/}"
+      pid=${path#/proc/}
+      if ours "$pid" && "$@" "$pid"; then found+=("$pid"); fi
     done
+    [ ${#found[@]} -eq 0 ] || kill -STOP "${found[@]}" 2>/dev/null || true # else a step's daemon tells how its task ended
+    for pid in "${found[@]}"; do end KILL "$pid"; done
   done
 }
 
