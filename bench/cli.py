@@ -89,6 +89,7 @@ class Parser(argparse.ArgumentParser):
     lists_settings = False
 
     def error(self, message: str) -> NoReturn:
+        message = message.replace(", key=value", "")  # argparse calls it required where another word is missing
         self.exit(2, f"tsbench: {message}: see `{self.prog} --help`\n")
 
     def format_help(self) -> str:

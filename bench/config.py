@@ -9,6 +9,7 @@ the weights and are not part of the id; the scoring has a hash of its own (`benc
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from bench import switches
 
 NOT_SCIENTIFIC = ("label", "evaluation", "system")
 RUN = "run:"  # before the id of a run, as a value of train.init_from
+LATER = {"train": {"intervals_per_step": 1}}  # settings that came later: at these values they have no part in a run's id
 ONLY_WHEN_SET = ("guidance_start", "guidance_stop", "solver")  # of a protocol: what came later, and has no part in older hashes
 MAX_SEED = 2**63 - 1
 
@@ -80,10 +82,11 @@ class DiffusionConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One optimiser step sees `batch_size` images over all ranks, in `micro_batches` parts per rank."""
+    """One optimiser step sees `batch_size` images over all ranks, in `micro_batches` parts per rank (and interval)."""
 
     batch_size: int = 32
     micro_batches: int = 1
+    intervals_per_step: int = 1  # each a part of the batch that draws its own: see `bench.shares`
     lr: float = 1e-3
     lr_schedule: str = "constant"  # constant; cosine: to lr_final * lr at the end of the budget
     lr_final: float = 0.0
@@ -99,7 +102,7 @@ class TrainConfig:
     init_from: str = ""  # weights of a plain backbone to start from: a file, or a run folder
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "micro_batches"):
+        for name in ("batch_size", "micro_batches", "intervals_per_step"):
             _between(f"train.{name}", getattr(self, name), 1, 10_000_000)
         _between("train.threads", self.threads, 1, 1024)
         for name in ("lr", "lr_final", "lr_warmup_images", "weight_decay", "ema_half_life_images", "ema_warmup"):
@@ -113,6 +116,11 @@ class TrainConfig:
         if self.batch_size % self.micro_batches:
             raise ValueError(
                 f"train.batch_size {self.batch_size} cannot be cut into {self.micro_batches} micro-batches: choose a divisor"
+            )
+        if self.batch_size % self.intervals_per_step:
+            raise ValueError(
+                f"train.batch_size {self.batch_size} cannot be cut into equal parts for train.intervals_per_step "
+                f"{self.intervals_per_step}: choose a divisor"
             )
 
 
@@ -232,7 +240,7 @@ class RunConfig:
     @property
     def scientific(self) -> dict[str, Any]:
         """All that can change the trained weights."""
-        return {key: value for key, value in asdict(self).items() if key not in NOT_SCIENTIFIC}
+        return scientific_part(asdict(self))
 
     @property
     def run_id(self) -> str:
@@ -240,6 +248,15 @@ class RunConfig:
 
     def to_yaml(self) -> str:
         return str(OmegaConf.to_yaml(OmegaConf.create(asdict(self))))
+
+
+def scientific_part(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a configuration as a tree, all that can change the trained weights."""
+    part = {key: value for key, value in tree.items() if key not in NOT_SCIENTIFIC}
+    for section, unset in LATER.items():
+        if section in part:
+            part[section] = {key: value for key, value in part[section].items() if key not in unset or value != unset[key]}
+    return part
 
 
 def content_hash(value: Any, length: int = 10) -> str:

@@ -28,6 +28,9 @@ def run_pack(parsed: argparse.Namespace) -> int:
     from bench.data.packed import pack
     from bench.job import make_config
 
+    others = [setting for setting in parsed.settings if "=" in setting and not setting.startswith("data.")]
+    if others:
+        raise ValueError(f"{' '.join(others)} would change nothing in what is packed: give settings of data alone")
     source = load_data(make_config({}, parsed.settings).data)
     columns = ("packing", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:

@@ -65,8 +65,9 @@ class World:
     def average_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
         """Replace each gradient by its mean over ranks, in one message per dtype.
 
-        All ranks train the same interval, so the same parameters have gradients everywhere; the others keep none, and neither
-        optimiser nor average touches them. Of sharded parameters the backward pass has already averaged them.
+        All ranks train the same interval, or such as share all parameters, so the same ones have gradients everywhere; the
+        others keep none, and neither optimiser nor average touches them. Of sharded parameters the backward pass has already
+        averaged them.
         """
         if self.size == 1:
             return

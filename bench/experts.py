@@ -8,7 +8,7 @@ last. `bench.assemble` makes one run of them.
 from pathlib import Path
 
 from bench import checkpoint
-from bench.config import NOT_SCIENTIFIC, RunConfig, content_hash
+from bench.config import RunConfig, content_hash, scientific_part
 from bench.files import make_folder, read_yaml, write_json_atomically, write_text_atomically
 from bench.method import Method
 from bench.run_folder import summary_of
@@ -91,8 +91,7 @@ def final_checkpoint(trainer: Trainer, place: Path) -> checkpoint.Checkpoint:
 
 def check_same(config: RunConfig, folder: Path) -> None:
     """ValueError if a folder holds another run."""
-    there = {key: value for key, value in read_yaml(folder / "config.yaml").items() if key not in NOT_SCIENTIFIC}
-    if content_hash(there) != content_hash(config.scientific):
+    if content_hash(scientific_part(read_yaml(folder / "config.yaml"))) != content_hash(config.scientific):
         raise ValueError(f"{folder} holds another run than {config.run_id}: choose another folder, or delete it")
 
 

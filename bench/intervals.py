@@ -46,7 +46,8 @@ def interval_of(t: int, intervals: tuple[Interval, ...]) -> Interval:
 
 
 def interval_at_step(step: int, intervals: tuple[Interval, ...], seed: int) -> Interval:
-    """The interval that optimiser step `step` (from 0) trains: seeded shuffled cycles of as many steps as intervals.
+    """The interval of the draw of that number (from 0), that of an optimiser step where each trains one: seeded shuffled cycles
+    of as many draws as intervals.
 
     Of a `partition` each interval appears once a cycle, so counts never differ by more than one (where E does not divide
     T, the timesteps of intervals that are shorter by one come up that much more often). Intervals of other lengths are

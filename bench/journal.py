@@ -39,7 +39,9 @@ class Diverged(RuntimeError):
 
 
 class Record:
-    """One optimiser step, left on the device until it is looked at. Losses are those of all ranks, samples this rank's."""
+    """What an optimiser step trained of one interval, left on the device until it is looked at. Losses are those of all ranks,
+    samples this rank's, of all that it trained in the step.
+    """
 
     def __init__(self, interval: Interval, step: int, losses: dict[str, Tensor], samples: dict[str, Tensor], t: Tensor) -> None:
         self.interval, self.step, self.samples, self.t = interval, step, samples, t

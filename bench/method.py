@@ -44,6 +44,7 @@ class Method(nn.Module):
 
     intervals: tuple[Interval, ...]
     independent_experts: bool = False  # whether no two intervals share a parameter: they can be trained apart
+    intervals_share_parameters: bool = False  # whether each of several trains all parameters: then one step can train several
     intervals_cost_alike: bool = False  # whether all intervals cost the same, penalties included: then one is measured for all
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, interval: Interval, progress: float = 0.0) -> Prediction:
@@ -58,8 +59,9 @@ class Method(nn.Module):
 
     @contextmanager
     def one_step(self, interval: Interval) -> Iterator[list[nn.Parameter]]:
-        """Around all training passes of one optimiser step, all on `interval`: what they share can be computed once. Yields what
-        gradients arrive at in these passes, to be averaged over ranks inside; afterwards every trained parameter has its own.
+        """Around all training passes of one optimiser step on `interval`: what they share can be computed once. Yields what
+        gradients arrive at in these passes, to be averaged over ranks inside if all are on this interval; afterwards every
+        trained parameter has its own, added to what it had before.
         """
         yield [p for p in self.parameters() if p.requires_grad]
 

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 
-from bench import job
+from bench import job, shares
 from bench.budget import plan as plan_budget
 from bench.config import RunConfig, SystemConfig
 from bench.data import DataSource, load_data
+from bench.distributed import World
 from bench.evaluate import protocol_of
 from bench.flops import Cost, measure
 from bench.memory import Memory, training_memory
@@ -105,7 +106,7 @@ def _plan(run: SuiteRun, world_size: int, only_look: bool) -> PlannedRun:
         data = load_data(config.data)
         make_sampler(config.diffusion, config.evaluation, config.model, data)
         protocol_of(config.evaluation, data)
-    batch, num_passes = config.train.batch_size, config.train.micro_batches * world_size
+    batch, num_passes = config.train.batch_size, shares.num_passes(config.train, world_size)
     if batch % num_passes:
         raise ValueError(
             f"train.batch_size {batch} cannot be shared by {world_size} ranks in {config.train.micro_batches} micro-batches "
@@ -113,6 +114,7 @@ def _plan(run: SuiteRun, world_size: int, only_look: bool) -> PlannedRun:
         )
     network = _Network.of(config)
     method, cost = _measured(network)
+    shares.shares_of(config.train, method, World(0, world_size))
     num_steps = plan_budget(config.budget, cost, batch, num_passes).num_steps
     timed = num_steps is None
     return PlannedRun(

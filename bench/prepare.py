@@ -4,7 +4,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from bench.config import NOT_SCIENTIFIC, RunConfig, content_hash
+from bench.config import RunConfig, content_hash, scientific_part
 from bench.files import read_yaml, write_json_atomically, write_text_atomically
 from bench.provenance import provenance
 from bench.runs import Run
@@ -21,7 +21,7 @@ def place_config(config: RunConfig, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / "config.yaml").exists():
             there = read_yaml(folder / "config.yaml")
-            scientific = {key: value for key, value in there.items() if key not in NOT_SCIENTIFIC}
+            scientific = scientific_part(there)
             if content_hash(scientific) != content_hash(config.scientific):
                 other = f"{there.get('method')}-{content_hash(scientific)}"
                 raise ValueError(f"{folder} holds another run ({other}, not {config.run_id}): choose another folder")

@@ -30,9 +30,14 @@ class Batch(NamedTuple):
     y: Tensor  # (B,) int64; num_classes where the label was dropped
     interval: Interval
     progress: float = 0.0  # the part of the budget that is spent, in [0, 1]
+    intervals_of_step: tuple[Interval, ...] = ()  # where a step trains several, those of all its batches, on all ranks
 
     def part(self, rows: slice) -> "Batch":
         return self._replace(x0=self.x0[rows], noise=self.noise[rows], t=self.t[rows], y=self.y[rows])
+
+    def cut(self, num_parts: int) -> "list[Batch]":
+        size = len(self.x0) // num_parts
+        return [self.part(slice(i * size, (i + 1) * size)) for i in range(num_parts)]
 
     def to(self, device: torch.device) -> "Batch":
         if device.type == "cpu":

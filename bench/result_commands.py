@@ -5,7 +5,7 @@ holds the results that were collected from some.
 """
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +72,7 @@ class Target:
 
 def find_target(parsed: argparse.Namespace) -> Target:
     """ValueError in one sentence if there is nothing there."""
-    from bench.runs import Run
+    from bench.runs import Run, find_runs
     from bench.suite import load_suite
 
     if not is_suite(parsed.target):
@@ -83,12 +83,26 @@ def find_target(parsed: argparse.Namespace) -> Target:
             raise ValueError(
                 f"settings {' '.join(parsed.settings)} choose runs of a suite, but {folder} is a folder: leave them out"
             )
+        for option in ("runs", "out"):
+            if getattr(parsed, option) is not None:
+                raise ValueError(f"--{option} is for a suite, but {folder} is a folder, which has its own: leave it out")
+        _check_protocol(parsed.protocol, find_runs(folder))
         return Target(folder, load_suite(parsed.suite), None, {})
     suite = load_suite(parsed.target)
     configs = _configs_of(suite, parsed.settings)
     root = parsed.runs or RUNS
     begun = [Run(root / run_id, parsed.protocol) for run_id in configs if (root / run_id / "config.yaml").is_file()]
+    _check_protocol(parsed.protocol, begun)
     return Target(parsed.out or RESULTS / str(suite["name"]), suite, begun, configs)
+
+
+def _check_protocol(protocol_hash: str, runs: "list[Run]") -> None:
+    """ValueError if these runs were scored, but none by the protocol that is asked for."""
+    if not protocol_hash:
+        return
+    known = sorted({str(record["protocol_hash"]) for run in runs for record in replace(run, protocol_hash="").evaluations})
+    if known and not any(known_hash.startswith(protocol_hash) for known_hash in known):
+        raise ValueError(f"no run was scored by the protocol {protocol_hash}: choose from {', '.join(known)}")
 
 
 def _configs_of(suite: dict[str, Any], settings: list[str]) -> "dict[str, RunConfig]":
@@ -179,6 +193,9 @@ def run_report(parsed: argparse.Namespace) -> int:
     from bench.runs import find_runs
 
     target, allow = find_target(parsed), _allowed(parsed)
+    path = parsed.file or target.folder / "report.html"
+    if path.is_dir():
+        raise ValueError(f"--out is {path}, which is a folder: give the name of the HTML file")
     results = _results(target, parsed)
     made = tables.comparisons(results.frame, target.suite, parsed.protocol, allow)  # or a refusal, before anything is drawn
     runs = target.runs or find_runs(target.folder, parsed.protocol)
@@ -195,7 +212,6 @@ def run_report(parsed: argparse.Namespace) -> int:
         figures=report.draw_figures(target.folder, runs, target.suite) if runs else report.figures_in(target.folder / "figures"),
         docstrings=_docstrings(),
     )
-    path = parsed.file or target.folder / "report.html"
     make_folder(path.parent)
     write_text_atomically(path, report.page_of(material))
     print(path)

@@ -18,7 +18,7 @@ import pandas as pd
 from bench.arrays import Diagnostic
 from bench.arrays import read_diagnostics as read_diagnostics
 from bench.arrays import read_samples as read_samples
-from bench.config import NOT_SCIENTIFIC, ONLY_WHEN_SET, RUN, content_hash
+from bench.config import ONLY_WHEN_SET, RUN, content_hash, scientific_part
 from bench.files import read_json, read_text, read_yaml
 
 STATES = ("planned", "running", "failed", "diverged", "done")
@@ -136,7 +136,7 @@ def hash_of_settings(config: Mapping[str, Any], config_of: Callable[[str], Mappi
     """Of a configuration, whatever its seed; and whatever the seed of the run that it starts from, whose configuration
     `config_of` gives by id (empty where it is not known: then the id itself counts).
     """
-    settings = {key: value for key, value in config.items() if key not in (*NOT_SCIENTIFIC, "seed")}
+    settings = {key: value for key, value in scientific_part(config).items() if key != "seed"}
     given = str(config.get("train", {}).get("init_from", ""))
     source = config_of(given.removeprefix(RUN)) if given.startswith(RUN) else {}
     if source:

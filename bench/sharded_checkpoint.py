@@ -1,9 +1,9 @@
 """How is the state of a sharded run kept, and how does it become an ordinary run's?
 
 A checkpoint is a folder into which each rank writes its parts (torch.distributed.checkpoint, as safetensors), with the
-counters and a digest of every file. It gets its name when all is written; the last two are kept, a damaged one is passed
-over with a warning, another number of ranks can read it, and loading executes nothing. At the end of training the weights
-and averages are gathered, one tensor at a time, into a checkpoint as `bench.checkpoint` writes them.
+counters and a digest of every file. It gets its name when all is written; the last two are kept, one that any rank finds
+damaged is passed over by all with a warning, another number of ranks can read it, and loading executes nothing. At the end of
+training the weights and averages are gathered, one tensor at a time, into a checkpoint as `bench.checkpoint` writes them.
 """
 
 import errno
@@ -12,9 +12,9 @@ import os
 import shutil
 import struct
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,13 +27,14 @@ from bench.checkpoint import KEPT, digest_of, take_in
 from bench.config import RunConfig
 from bench.data.source import hash_file
 from bench.distributed import World, whole
-from bench.files import read_json, write_json_atomically
+from bench.files import read_text, write_json_atomically
 from bench.training_state import counters_of, optimizer_entries, take_counters, tensors_of
 
 if TYPE_CHECKING:
     from bench.trainer import Trainer
 
 SUFFIX = ".sharded"
+Found = TypeVar("Found")
 DTYPES = {
     **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
     **{torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"},
@@ -81,7 +82,9 @@ def save(trainer: "Trainer") -> None:
         dcp.save(_saved(tensors_of(trainer)), storage_writer=writer)
     except CheckpointException as error:  # of whichever rank; on all
         raise OSError(errno.EIO, _first_failure(error), str(temporary)) from None
-    digests = _digests(temporary, world)
+    with world.together():
+        own = _digests(temporary, world)
+    digests = _merged(_of_all_ranks(own, world))
     with world.together():
         if world.is_main:
             write_json_atomically(temporary / "counters.json", {"counters": counters_of(trainer), "digests": digests})
@@ -95,22 +98,25 @@ def save(trainer: "Trainer") -> None:
 
 
 def load_latest(trainer: "Trainer") -> dict[str, Any] | None:
-    """Be where the newest sound checkpoint was made; its counters, None if there is none. All ranks take part.
+    """Be where the newest checkpoint was made that all ranks find sound; its counters, None if there is none. All take part.
 
     ValueError if there are some and all are damaged, or if it is of another network.
     """
     assert trainer.folder is not None
-    paths = list_checkpoints(trainer.folder)
-    trainer.world.barrier()
-    for path in reversed(paths):
-        counters, digests = _read_counters(path)
-        if _digests(path, trainer.world) == digests:
-            _load(trainer, path)
+    world, folder = trainer.world, trainer.folder / "checkpoints"
+    listed = _of_all_ranks([path.name for path in list_checkpoints(trainer.folder)], world)
+    for name in sorted({name for of_rank in listed for name in of_rank}, reverse=True):
+        counters = _counters_if_sound(folder / name, world)
+        if counters is not None:
+            _load(trainer, folder / name)
             take_counters(trainer, counters)
             return counters
-        warnings.warn(f"checkpoint {path} is damaged (its contents do not match its checksums): it is passed over", stacklevel=2)
-    if paths:
-        raise ValueError(f"every checkpoint in {paths[0].parent} is damaged: delete that folder to train from the start")
+        message = (
+            f"checkpoint {folder / name} is damaged (not on every rank do its contents match its checksums): it is passed over"
+        )
+        warnings.warn(message, stacklevel=2)
+    if any(listed):
+        raise ValueError(f"every checkpoint in {folder} is damaged: delete that folder to train from the start")
     return None
 
 
@@ -169,7 +175,8 @@ def take_whole(trainer: "Trainer", path: Path) -> None:
 
 def _load(trainer: "Trainer", path: Path) -> None:
     reader = dcp.HuggingFaceStorageReader(str(path))
-    there = reader.read_metadata().state_dict_metadata
+    with trainer.world.together():
+        there = reader.read_metadata().state_dict_metadata
     present = tensors_of(trainer) | optimizer_entries(trainer, there)
     saved = _saved(present)
     unfit = sorted(saved.keys() ^ there.keys()) + [n for n in saved.keys() & there.keys() if saved[n].shape != there[n].size]  # type: ignore[union-attr]
@@ -183,22 +190,45 @@ def _saved(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return {name: tensor.view(1) if tensor.dim() == 0 else tensor for name, tensor in tensors.items()}
 
 
-def _read_counters(path: Path) -> tuple[dict[str, Any], dict[str, str] | None]:
-    """And the digests of the files; None where there are none that can be read."""
+def _counters_if_sound(path: Path, world: World) -> dict[str, Any] | None:
+    """None unless every rank finds the same files, as they were recorded. All judge by what all have found, and so agree."""
+    found = _of_all_ranks(_found(path, world), world)
+    record, names, _ = found[0]
+    if any(each[:2] != (record, names) for each in found):
+        return None
     try:
-        kept = read_json(path / "counters.json", dict)
-    except ValueError:
-        return {}, None
-    return kept.get("counters", {}), kept.get("digests")
+        kept = json.loads(record)
+        return kept["counters"] if kept["digests"] == _merged(digests for _, _, digests in found) else None
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return None
+
+
+def _found(path: Path, world: World) -> tuple[str, list[str], dict[str, str]]:
+    """What this rank can read of a checkpoint: its record (as text, in which NaN is NaN), its files, the digests of a share."""
+    try:
+        return read_text(path / "counters.json"), _names(path), _digests(path, world)
+    except (OSError, ValueError):
+        return "", [], {}
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*.safetensors"))
 
 
 def _digests(folder: Path, world: World) -> dict[str, str]:
-    """File -> SHA-256; each rank reads its share."""
-    names = sorted(path.name for path in folder.glob("*.safetensors"))
-    own = {name: hash_file(folder / name) for name in names[world.rank :: world.size]}
-    of_ranks: list[dict[str, str] | None] = [None] * world.size
-    dist.all_gather_object(of_ranks, own)
-    return {name: digest for of_rank in of_ranks for name, digest in (of_rank or {}).items()}
+    """File -> SHA-256 for this rank's share of the files."""
+    return {name: hash_file(folder / name) for name in _names(folder)[world.rank :: world.size]}
+
+
+def _merged(of_ranks: Iterable[dict[str, str]]) -> dict[str, str]:
+    return {name: digest for of_rank in of_ranks for name, digest in of_rank.items()}
+
+
+def _of_all_ranks(value: Found, world: World) -> list[Found]:
+    """What each of them has given, by rank, on every rank."""
+    values: list[Any] = [None] * world.size
+    dist.all_gather_object(values, value)
+    return values
 
 
 def _first_failure(error: CheckpointException) -> str:

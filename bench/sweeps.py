@@ -91,6 +91,10 @@ def run_sweep(parsed: argparse.Namespace) -> int:
 
     if parsed.workers is not None and parsed.workers < 1:
         raise ValueError(f"--workers is {parsed.workers}: give at least 1")
+    if parsed.workers is not None and parsed.cluster != "local":
+        raise ValueError(f"--workers is for --cluster local, not {parsed.cluster}: leave it out")
+    if parsed.wait and parsed.cluster != "slurm":
+        raise ValueError(f"--wait is for --cluster slurm, and {parsed.cluster} waits in any case: leave it out")
     settings = [*parsed.settings, *(word for word in parsed.only if "=" in word)]  # --only takes all the words that follow
     only = [word for word in parsed.only if "=" not in word]
     profile = load_profile(parsed.profile)

@@ -13,6 +13,7 @@ SWITCHES = {
     "optimizer": "AdamW as one fused kernel; plain: parameter after parameter",
     "ema": "the average of all parameters in one call; plain: parameter after parameter",
     "grouped": "experts as grouped matrix products; plain: expert after expert on its slice of the sorted rows",
+    "pieces": "experts on a CPU, uncompiled: each through its whole MLP, some of its rows at a time; plain: all at once, grouped",
     "mixing": "bases as a matrix product, once for all passes of a step, whose gradients (and messages between ranks) are those "
     "of the mixed network; plain: multiplied and summed in every pass",
     "masks": "one linear per sample, mixed from its experts; plain: all experts, weighed and summed",

@@ -20,15 +20,15 @@ from bench.ema import EMA
 from bench.flops import Cost
 from bench.flops import measure as measure_cost
 from bench.heldout import bin_rows, item_losses, item_row, make_heldout_set
-from bench.intervals import interval_at_step
 from bench.journal import Journal, Record
 from bench.learning_rate import lr_factor
 from bench.method import Method
 from bench.objective import make_objective
 from bench.progress import TrainingBar
-from bench.randomness import Batch, draw_batch
+from bench.randomness import Batch
 from bench.recompute import recompute_blocks
 from bench.sharding import is_sharded
+from bench.shares import draw_shares, intervals_of, losses_of_all, mean, num_passes, shares_of
 
 
 class Interrupted(RuntimeError):
@@ -72,15 +72,9 @@ class Trainer:
         compile_blocks(method, config.system.compile, self.device)
         if config.system.recompute:  # after the cost, of which it is no part
             recompute_blocks(method)
-        self.num_passes = config.train.micro_batches * self.world.size  # forward passes per step
+        self.num_passes = num_passes(config.train, self.world.size)
         self.budget: Budget = plan(config.budget, self.cost, config.train.batch_size, self.num_passes)
-        self.share = self.world.slice_of(config.train.batch_size)
-        per_rank = self.share.stop - self.share.start
-        if per_rank % config.train.micro_batches:
-            raise ValueError(
-                f"{per_rank} images per rank cannot be cut into {config.train.micro_batches} micro-batches: "
-                "choose train.micro_batches that divides them"
-            )
+        self.shares = shares_of(config.train, method, self.world)
         groups = method.param_groups(config.train.lr)
         loss_parameters = list(self.objective.module.parameters())
         if loss_parameters:
@@ -94,7 +88,7 @@ class Trainer:
         continuous = config.diffusion.objective == "flow"
         self.heldout = make_heldout_set(config.heldout, data, config.diffusion.num_timesteps, continuous)
         self.steps_done = 0
-        self.updates = [0] * len(method.intervals)  # optimiser steps of each interval
+        self.updates = [0] * len(method.intervals)  # optimiser steps, or parts of steps, of each interval
         self.device_seconds = 0.0  # spent training, over all devices
         self.lost = {"images": 0, "device_seconds": 0.0}  # work that crashes undid
         self.heldout_points = 0
@@ -104,34 +98,45 @@ class Trainer:
 
     # One step
 
-    def step(self, batch: Batch) -> dict[str, Tensor]:
-        """One optimiser step on an already drawn batch (this rank's part of it); the loss and its terms, as tensors.
+    def step(self, *batches: Batch) -> dict[str, Tensor]:
+        """One optimiser step on already drawn batches, one of each of this rank's `shares`; the loss and its terms, as tensors.
 
         Raises Diverged if a loss term, a penalty or the gradient's norm is not finite.
         """
-        batch = batch.to(self.device)
+        intervals = batches[0].intervals_of_step or (batches[0].interval,)
+        batches = tuple(batch.to(self.device) for batch in batches)
         self.optimizer.zero_grad(set_to_none=True)
         begin_step(self.config.system.compile)
-        num_parts = self.config.train.micro_batches
-        part_size = len(batch.x0) // num_parts
-        with self.method.one_step(batch.interval) as leaves:
-            parts = [self._backward(batch.part(slice(i * part_size, (i + 1) * part_size)), num_parts) for i in range(num_parts)]
-            self.world.average_gradients([*leaves, *self.objective.module.parameters()])
-        losses = {name: torch.stack([part[name] for part, _ in parts]).mean(dim=0) for name in parts[0][0]}
-        samples = {name: torch.cat([part[name] for _, part in parts]) for name in parts[0][1]}  # each (B,)
-        losses = self.world.mean(losses)
-        losses["grad_norm"] = gradient_norm(self.parameters)
-        self.journal.record(Record(batch.interval, self.steps_done, losses, samples, batch.t))
+        shares = [self._train_on(batch, len(batches), len(intervals) == 1) for batch in batches]
+        if len(intervals) > 1:
+            self.world.average_gradients(self.parameters)
+        norm, t = gradient_norm(self.parameters), torch.cat([batch.t for batch in batches])
+        passes = [samples for share in shares for _, samples in share]
+        samples = {name: torch.cat([part[name] for part in passes]) for name in passes[0]}  # each (B,)
+        of_intervals = losses_of_all([mean([losses for losses, _ in share]) for share in shares], len(intervals), self.world)
+        for interval, losses in zip(intervals, of_intervals, strict=True):
+            losses["grad_norm"] = norm
+            self.journal.record(Record(interval, self.steps_done, losses, samples, t))
         if self.device.type == "cpu":  # elsewhere looking would wait for the device: see `flush`
             self.journal.check_finite()
-        factor = lr_factor(self.config.train, batch.progress, self.steps_done * self.config.train.batch_size)
+        factor = lr_factor(self.config.train, batches[0].progress, self.steps_done * self.config.train.batch_size)
         for group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = lr * factor
         self.optimizer.step()
         self.ema.update(self.config.train.batch_size)
-        self.updates[batch.interval.index] += 1
+        for interval in intervals:
+            self.updates[interval.index] += 1
         self.steps_done += 1
-        return losses
+        return mean(of_intervals)
+
+    def _train_on(self, batch: Batch, num_shares: int, is_common: bool) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+        """The passes of one share's batch; its gradients are averaged over ranks here if its interval is common to them."""
+        num_parts = self.config.train.micro_batches
+        with self.method.one_step(batch.interval) as leaves:
+            passes = [self._backward(part, num_parts * num_shares) for part in batch.cut(num_parts)]
+            if is_common:
+                self.world.average_gradients([*leaves, *self.objective.module.parameters()])
+        return passes
 
     def _backward(self, part: Batch, num_parts: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Add a micro-batch's gradients; its mean losses by name, and the terms of each sample."""
@@ -164,10 +169,9 @@ class Trainer:
                     self.save_for_later()
                 self.measure_heldout_if_due()
                 started = time.perf_counter()
-                interval = interval_at_step(self.steps_done, self.method.intervals, self.config.seed)
-                if interval in self.intervals:
-                    batch = draw_batch(self.steps_done, interval, self.config, data, self.spent, self.share)
-                    self.step(batch)
+                intervals = intervals_of(self.steps_done, self.method, self.config)
+                if intervals[0] in self.intervals:
+                    self.step(*draw_shares(self.steps_done, intervals, self.shares, self.config, data, self.spent))
                 else:
                     self.steps_done += 1
                 due = self.steps_done % self.config.system.log_every == 0
@@ -196,12 +200,17 @@ class Trainer:
         return self.budget.progress(self.steps_done, self.device_seconds)
 
     @property
+    def steps_trained(self) -> int:
+        """Of those done: all, but where `experts` are trained alone."""
+        return sum(self.updates) // self.config.train.intervals_per_step
+
+    @property
     def images_seen(self) -> int:
-        return sum(self.updates) * self.config.train.batch_size
+        return self.steps_trained * self.config.train.batch_size
 
     @property
     def train_flops(self) -> float:
-        return sum(self.updates) * self.cost.train_flops(self.config.train.batch_size, self.num_passes)
+        return self.steps_trained * self.cost.train_flops(self.config.train.batch_size, self.num_passes)
 
     def _count_time(self, seconds: float) -> None:
         self.device_seconds += seconds * self.world.size

@@ -7,7 +7,8 @@ Paper: Fei et al., Scaling Diffusion Transformers to 16 Billion Parameters, arXi
     section 3.2, expert-level balance loss     `balance_loss`
     SwiGLU experts (released code)             `expert_mlp`
 
-Tokens are sorted by expert and the experts run as grouped matrix products over stacked weights (E, out, in).
+Tokens are sorted by expert and the experts run as grouped matrix products over stacked weights (E, out, in); on a CPU
+one after the other.
 
 Deviations: the paper's balance weight is 0.005; the default is the released code's 0.01. The balance statistics are
 those of the whole global batch under data parallelism (`balance_scope: local` is the released code's per-rank form);
@@ -38,7 +39,7 @@ from bench.method import (
     timestep_index,
 )
 from methods.backbone import Block, DiT, Shape, init_linear
-from methods.grouped import combine_rows, grouped_linear, sort_by_expert, take_rows, without_autocast
+from methods.grouped import activate, combine_rows, expert_mlp, in_pieces, sort_by_expert, without_autocast
 
 DENSE_MLP = {"fc1.weight": "weight_in", "fc1.bias": "bias_in", "fc2.weight": "weight_out", "fc2.bias": "bias_out"}
 
@@ -91,27 +92,12 @@ class MixtureMLP(nn.Module):
         rows = tokens.reshape(-1, tokens.shape[-1])  # (n, D)
         probabilities, chosen, gates = self.router(rows)
         order, inverse, ends = sort_by_expert(chosen, probabilities.shape[-1])
-        mixed = expert_mlp(
-            take_rows(rows, order, inverse, chosen.shape[-1]), ends, self.weight_in, self.weight_out, self.bias_in, self.bias_out
-        )
-        output = combine_rows(mixed, gates, order, inverse).view(tokens.shape)
+        mixed = expert_mlp(rows, order, inverse, ends, self.weight_in, self.weight_out, self.bias_in, self.bias_out)
+        output = combine_rows(mixed, gates, order, inverse)
         if self.shared is not None:
-            output = output + self.shared(tokens)
+            output = output + in_pieces(self.shared, rows, self.shared.gate_up.weight)
         share = ends.diff(prepend=ends.new_zeros(1)) / chosen.numel()
-        return output, probabilities.mean(dim=0), share
-
-
-def expert_mlp(
-    rows: Tensor, ends: Tensor, weight_in: Tensor, weight_out: Tensor, bias_in: Tensor | None, bias_out: Tensor | None
-) -> Tensor:
-    """Rows (n, D), sorted by expert -> (n, D): SwiGLU without biases, GELU with them."""
-    hidden = grouped_linear(rows, weight_in, bias_in, ends)
-    if bias_in is None:
-        gate, up = hidden.chunk(2, dim=-1)
-        hidden = F.silu(gate) * up
-    else:
-        hidden = F.gelu(hidden, approximate="tanh")
-    return grouped_linear(hidden, weight_out, bias_out, ends)
+        return output.view(tokens.shape), probabilities.mean(dim=0), share
 
 
 class SwiGLU(nn.Module):
@@ -127,8 +113,7 @@ class SwiGLU(nn.Module):
             init_linear(matrix, None)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(activate(self.gate_up(x), gated=True))
 
 
 class MixtureBlock(Block):

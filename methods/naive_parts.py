@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from bench.ema import EMA
 from methods.backbone import SIZES, DiT, Shape
+from methods.bases import Bases
 from methods.dit_moe import MixtureMLP
 from methods.naive import mix, mixture
 from methods.naive_updates import LoopedAdamW, LoopedEMA
-from methods.remix_dit import Bases, RemixDiT
+from methods.remix_dit import RemixDiT
 
 Call = Callable[[], object]
 NUM_BASES = 4
@@ -23,11 +24,11 @@ HALF_LIFE_IMAGES = 500_000
 
 
 def mixing_forward(size: str, batch_size: int, device: torch.device) -> tuple[Call, Call]:
-    """All weights of one expert from K bases; the batch size does not matter."""
+    """All weights of one expert from K bases, as a training step mixes them; the batch size does not matter."""
     method = remix(size, device)
     mixing = torch.randn(NUM_BASES, device=device).softmax(dim=-1)
     return (
-        torch.no_grad()(lambda: [linear.mix(mixing) for linear in bases_of(method)]),
+        torch.no_grad()(lambda: [linear.mix_for_step(mixing) for linear in bases_of(method)]),
         torch.no_grad()(lambda: mixed_plainly(method, [mixing] * len(method.network.blocks))),
     )
 

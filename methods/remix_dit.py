@@ -2,7 +2,7 @@
 
 Paper: Fang et al., Remix-DiT, arXiv 2412.05628.
 
-    eq. 5-6, expert = sum_k alpha_k W_k            `Bases.mix`
+    eq. 5-6, expert = sum_k alpha_k W_k            `methods.bases`
     section 3.3, learnable mixing coefficients     `RemixDiT.coefficients`
     section 3.3, prior coefficients                `RemixDiT.prior_basis`, `draw_logits`
     section 3.3, regularisation to the prior       `RemixDiT.prior_loss`
@@ -11,14 +11,16 @@ Paper: Fang et al., Remix-DiT, arXiv 2412.05628.
 The bases are K sets of the four linears of each block; adaLN, embedders and final layer are shared by all experts.
 Weights are mixed once per optimiser step, then the plain backbone's computation runs. The bases' gradients are of rank
 one, `dL/dW_k = alpha_k G` with G that of the mixed weight, and `dL/dalpha_k = <W_k, G>`: passes and ranks add up G, the
-gradient of one network, and the K copies are made once, at the end of a step (`RemixDiT.one_step`).
+gradient of one network, and the K copies are made once, at the end of a step (`RemixDiT.one_step`). A step that trains
+several experts (`train.intervals_per_step`) does all of this for each, and adds up the copies.
 
 Deviations: the prior weight is annealed linearly from `prior_weight` to 0, as in the paper; `prior_annealing:
 released` is the released code's 2e-4 to 1e-4 (a sign slip), scaled by `prior_weight`. Batches across intervals are
-refused; the released code averages their coefficients. `coefficients: local` (per block) starts all blocks from the
-same drawn logits. With `mixer: raw` the table starts at the softmax of the drawn logits, so that all mixers start
-alike; the prior loss is for `mixer: softmax` only. With `mixer: one_hot` all bases are one stacked parameter, so
-AdamW's momentum also moves the bases that a step does not use.
+refused; the released code averages their coefficients. A step draws one expert for all ranks; the released code's
+draw by each rank is `train.intervals_per_step` of as many as ranks, here out of shuffled cycles. `coefficients:
+local` (per block) starts all blocks from the same drawn logits. With `mixer: raw` the table starts at the softmax
+of the drawn logits, so that all mixers start alike; the prior loss is for `mixer: softmax` only. With `mixer:
+one_hot` all bases are one stacked parameter, so AdamW's momentum also moves the bases that a step does not use.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,44 +46,8 @@ from bench.method import (
     check_timesteps,
     load_exactly,
 )
-from methods.backbone import Block, DiT, Shape, attend, init_linear
-from methods.grouped import without_autocast
-
-
-class Bases(nn.Module):
-    """K stacked linears: weight (K, out, in), bias (K, out)."""
-
-    def __init__(self, bases: int, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(bases, out_features, in_features))
-        self.bias = nn.Parameter(torch.empty(bases, out_features))
-
-    def initialise(self) -> None:
-        for weight, bias in zip(self.weight, self.bias, strict=True):
-            init_linear(weight, bias)
-
-    def mix(self, mixing: Tensor) -> tuple[Tensor, Tensor]:
-        """mixing (K,) -> the expert's weight (out, in) and bias (out,), in float32 also under autocast."""
-        with without_autocast(self.weight.device.type):
-            return mix(mixing, self.weight), mix(mixing, self.bias)
-
-    @torch.no_grad()
-    def spread(self, mixing: Tensor, weight: nn.Parameter, bias: nn.Parameter) -> Tensor:
-        """Give the bases the gradients that arrived at the mixed weight and bias; returns that of the coefficients (K,)."""
-        of_mixing = torch.zeros_like(mixing)
-        for stacked, mixed in ((self.weight, weight), (self.bias, bias)):
-            assert mixed.grad is not None
-            gradient = mixed.grad.reshape(-1)
-            stacked.grad = torch.outer(mixing, gradient).view_as(stacked)
-            of_mixing += stacked.flatten(1) @ gradient
-        return of_mixing
-
-
-def mix(mixing: Tensor, stacked: Tensor) -> Tensor:
-    """(K,) and (K, ...) -> (...): one matrix product over the stack."""
-    if switches.is_on("mixing"):
-        return (mixing @ stacked.flatten(1)).view(stacked.shape[1:])
-    return (mixing.view(-1, *[1] * (stacked.dim() - 1)) * stacked).sum(dim=0)
+from methods.backbone import Block, DiT, Shape, attend
+from methods.bases import Bases
 
 
 class BasisAttention(nn.Module):
@@ -137,6 +103,7 @@ class RemixBlock(Block):
 class RemixDiT(Method):
     """`experts` networks mixed from `bases` sets of block weights; expert e has the e-th of as many intervals."""
 
+    intervals_share_parameters = True
     intervals_cost_alike = True
 
     def __init__(
@@ -211,7 +178,7 @@ class RemixDiT(Method):
         coefficients = self.block_coefficients(interval)  # (L, K)
         with torch.no_grad():
             self.mixed = [
-                [tuple(map(nn.Parameter, linear.mix(mixing))) for linear in block.bases().values()]
+                [linear.mix_for_step(mixing) for linear in block.bases().values()]
                 for block, mixing in zip(self.network.blocks, coefficients, strict=True)
             ]
         try:

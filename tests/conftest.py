@@ -1,7 +1,20 @@
-"""What do all tests share? The Slurm cluster, and tiny suites to sweep on it or without it."""
+"""What do all tests share? The Slurm cluster, tiny suites to sweep on it or without it, and fixtures of several files."""
 
+from diffusing import golden, linear
+from leases import folder, outside_slurm
 from slurm_cluster import cluster
 from sweeping import tiny_suite, undisturbed_runs
 from sweeps_here import no_slurm, swept, swept_once
 
-__all__ = ["cluster", "no_slurm", "swept", "swept_once", "tiny_suite", "undisturbed_runs"]
+__all__ = [
+    "cluster",
+    "folder",
+    "golden",
+    "linear",
+    "no_slurm",
+    "outside_slurm",
+    "swept",
+    "swept_once",
+    "tiny_suite",
+    "undisturbed_runs",
+]

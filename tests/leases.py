@@ -1,4 +1,7 @@
-"""What do the tests of leases share? A lease whose holder is no more, and looks at what is there."""
+"""What do the tests of leases share? A lease whose holder is no more, and looks at what is there.
+
+`folder` and `outside_slurm` are fixtures, offered to all tests by conftest.py.
+"""
 
 import json
 import os
@@ -8,11 +11,27 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from bench import lease
 
 ROOT = Path(__file__).parent.parent
 BUSY = "is being worked on by another process"
 FOREIGN = {"host": "n4", "boot_id": "boot of n4", "node": "n4"}
+SLURM = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SLURM_CLUSTER_NAME")
+
+
+@pytest.fixture
+def outside_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where these tests are a job themselves, they do not know."""
+    for name in (*SLURM, "SLURMD_NODENAME"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Of a run that nobody has begun."""
+    return tmp_path / "runs" / "abc"
 
 
 def leave_behind(folder: Path, seconds_ago: float = 5, **changes: Any) -> str:

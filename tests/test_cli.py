@@ -53,7 +53,11 @@ def test_without_a_command_help_is_shown() -> None:
         (["sample", "run"], ("--out",)),
         (["demo", "--workers", "many"], ("--workers", "'many'")),
         (["demo", "--workers", "0"], ("--workers is 0", "at least 1")),
-        (["tables"], ("FOLDER",)),
+        (["tables"], ("are required: SUITE|FOLDER: see",)),
+        (["tables", ".", "--out", "elsewhere"], ("--out is for a suite, but . is a folder", "leave it out")),
+        (["plots", ".", "--runs", "elsewhere"], ("--runs is for a suite, but . is a folder", "leave it out")),
+        (["report", ".", "--out", "."], ("--out is ., which is a folder", "HTML")),
+        (["pack", "--out", "elsewhere", "train.lr=1"], ("train.lr=1 would change nothing", "of data alone")),
         (["tables", "demo", "--allow", "all"], ("--allow names all", "protocols, incomplete")),
     ],
     ids=str,
@@ -87,6 +91,8 @@ def test_a_run_from_the_first_step_to_the_table(tmp_path: Path) -> None:
     assert (tmp_path / "results.csv").read_text().count("fid_train") == 2
     assert_refused(tsbench("tables", tmp_path), "by its hash", *(record["protocol_hash"] for record in records), code=3)
     assert_refused(tsbench("plots", tmp_path), "by its hash", code=3)
+    for command in ("collect", "tables", "plots", "report"):
+        assert_refused(tsbench(command, tmp_path, "--protocol", "other"), "by the protocol other", records[0]["protocol_hash"])
     assert not (tmp_path / "figures").exists()
     for command, made in (("tables", ["table.md", "table.tex"]), ("plots", ["figures/training_loss.png", "figures/samples.pdf"])):
         shown = tsbench(command, tmp_path, "--protocol", records[1]["protocol_hash"])

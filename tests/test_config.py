@@ -174,6 +174,7 @@ OTHER_CHOICES = {
     "diffusion.loss_weight": "min_snr",
     "diffusion.flow_times": "uniform",
     "train.micro_batches": 2,
+    "train.intervals_per_step": 2,
     "train.lr_schedule": "cosine",
     "train.precision": "bf16",
     "budget.unit": "train_flops",

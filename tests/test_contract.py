@@ -175,6 +175,19 @@ def test_experts_are_independent_exactly_where_the_method_says_so(variant):
 
 
 @every_variant
+def test_intervals_share_all_parameters_exactly_where_the_method_says_so(variant):
+    """Then one step can train several: each parameter has a gradient from every interval."""
+    method = tiny(variant)
+    learned = {name for name, parameter in method.named_parameters() if parameter.requires_grad}
+    trained = []
+    for interval in method.intervals:
+        method.zero_grad()
+        loss_of(method, *batch(interval, size=16), interval).backward()
+        trained.append({name for name, parameter in method.named_parameters() if parameter.grad is not None})
+    assert method.intervals_share_parameters == (len(trained) > 1 and all(names == learned for names in trained))
+
+
+@every_variant
 def test_batch_outside_the_interval_is_refused(variant):
     method = tiny(variant)
     interval = method.intervals[0]

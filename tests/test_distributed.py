@@ -71,7 +71,7 @@ def diverge(world: World) -> str:
     batch.t[6] = 17
     before = state_of(trained)
     with pytest.raises(Diverged) as caught:
-        trained.step(batch.part(trained.share))
+        trained.step(batch.part(trained.shares[0].rows))
     assert not differing(before, state_of(trained))
     return str(caught.value)
 

@@ -6,12 +6,10 @@ import torch
 import torch.nn.functional as F
 from helpers import NUM_TIMESTEPS, TINY, assert_close, assert_gradients, batch, block_outputs, golden, golden_method, tiny
 
-import methods.grouped
 from bench.diffusion import guide
 from bench.method import Probe
 from methods.backbone import Shape
 from methods.dit_moe import DiTMoE, MixtureMLP, SwiGLU, balance_loss
-from methods.grouped import combine_rows, grouped_linear, sort_by_expert, take_rows
 
 NAME = "dit_moe_tp1"
 
@@ -84,84 +82,6 @@ def test_mixture_equals_the_naive_loop(variant):
     mixture = tiny(variant).requires_grad_(False).network.blocks[0].mlp
     tokens = torch.randn(3, 4, TINY.width, generator=torch.Generator().manual_seed(0))
     assert_close(mixture(tokens)[0], naive_mixture(mixture, tokens))
-
-
-@pytest.mark.parametrize("variant", ["dit_moe", "dit_moe gelu"])
-def test_grouped_products_equal_the_loop_over_experts(variant, monkeypatch):
-    def losses_and_gradients():
-        method = tiny(variant)
-        x, t, y = batch(method.intervals[0])
-        prediction = method(x, t, y, method.intervals[0])
-        (prediction.output.square().mean() + prediction.penalties["balance"]).backward()
-        return [prediction.output.detach()] + [p.grad for p in method.parameters() if p.grad is not None]
-
-    calls = []
-    plain = methods.grouped.looped_mm
-    monkeypatch.setattr(methods.grouped, "looped_mm", lambda *args: calls.append(1) or plain(*args))
-    grouped = losses_and_gradients()
-    assert not calls
-    monkeypatch.setattr(methods.grouped, "can_group", lambda rows, weight: False)
-    looped = losses_and_gradients()
-    assert calls
-    for one, other in zip(grouped, looped, strict=True):
-        assert_close(one, other, 1e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_experts_without_tokens_cost_and_break_nothing(dtype):
-    chosen = torch.tensor([[1, 4], [4, 1], [1, 4]])  # experts 0, 2, 3 and 5 get nothing
-    weight = torch.randn(6, 8, 4, dtype=dtype, requires_grad=True)
-    bias = torch.randn(6, 8, dtype=dtype, requires_grad=True)
-    rows = torch.randn(3, 4, dtype=dtype)
-    order, inverse, ends = sort_by_expert(chosen, 6)
-    assert ends.tolist() == [0, 3, 3, 3, 6, 6]
-    output = combine_rows(
-        grouped_linear(take_rows(rows, order, inverse, 2), weight, bias, ends), torch.ones(3, 2, dtype=dtype), order, inverse
-    )
-    expected = torch.stack([sum(weight[e] @ row + bias[e] for e in of_row) for row, of_row in zip(rows, chosen, strict=True)])
-    assert_close(output, expected)
-    output.sum().backward()
-    for gradient in (weight.grad, bias.grad):
-        assert gradient[[0, 2, 3, 5]].count_nonzero() == 0
-        assert gradient[[1, 4]].isfinite().all()
-        assert gradient[[1, 4]].count_nonzero()
-
-
-def test_taking_and_combining_rows_have_the_right_gradients():
-    generator = torch.Generator().manual_seed(0)
-    chosen = torch.randint(0, 5, (7, 2), generator=generator)
-    order, inverse, _ = sort_by_expert(chosen, 5)
-    rows = torch.randn(7, 3, dtype=torch.float64, generator=generator, requires_grad=True)
-    many = torch.randn(14, 3, dtype=torch.float64, generator=generator, requires_grad=True)
-    gates = torch.rand(7, 2, dtype=torch.float64, generator=generator, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda r: take_rows(r, order, inverse, 2), (rows,))
-    assert torch.autograd.gradcheck(lambda m, g: combine_rows(m, g, order, inverse), (many, gates))
-
-
-def test_whole_mixture_has_the_right_gradients():
-    mixture = tiny("dit_moe").double().network.blocks[0].mlp
-    mixture.router.weight.requires_grad_(False)  # the router is in float32 on purpose: near-ties decide
-    tokens = torch.randn(1, 3, TINY.width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    rows = tokens[0]
-    _, chosen, gates = mixture.router(rows)
-    order, inverse, ends = sort_by_expert(chosen, 4)
-
-    def run(rows, weight_in, weight_out):
-        hidden = grouped_linear(take_rows(rows, order, inverse, 2), weight_in, None, ends)
-        first, second = hidden.chunk(2, dim=-1)
-        return combine_rows(grouped_linear(F.silu(first) * second, weight_out, None, ends), gates, order, inverse)
-
-    weight_in, weight_out = mixture.weight_in.detach().requires_grad_(), mixture.weight_out.detach().requires_grad_()
-    assert torch.autograd.gradcheck(run, (rows.requires_grad_(), weight_in, weight_out), fast_mode=True)
-
-
-def test_rows_are_sorted_by_expert_and_find_their_way_back():
-    chosen = torch.tensor([[2, 0], [1, 2], [0, 1]])
-    order, inverse, ends = sort_by_expert(chosen, 3)
-    assert chosen.flatten()[order].tolist() == [0, 0, 1, 1, 2, 2]
-    assert order[inverse].tolist() == list(range(6))
-    assert ends.tolist() == [2, 4, 6]
-    assert ends.dtype == torch.int32
 
 
 def test_kept_gates_are_renormalised_only_when_asked():

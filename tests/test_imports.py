@@ -20,7 +20,14 @@ METHOD_FILES = sorted((ROOT / "methods").glob("*.py"))
 MAY_IMPORT_METHODS = {"bench/cli.py", "bench/job.py"}
 TEXT = (".py", ".md", ".toml", ".txt", ".yaml", ".sh", "")
 JOB = "bench/job.py"
-A_METHOD_MAY_IMPORT = {"methods.backbone", "methods.grouped", "bench.method", "bench.intervals", "bench.switches"}
+A_METHOD_MAY_IMPORT = {
+    "methods.backbone",
+    "methods.bases",
+    "methods.grouped",
+    "bench.method",
+    "bench.intervals",
+    "bench.switches",
+}
 
 
 def relative(path: Path) -> str:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from training import differing, drawn, rows, state_of, tiny_trainer
 
-from bench import checkpoint, cli, trainer
+from bench import checkpoint, cli, shares
 from bench.journal import Diverged
 from bench.method import Prediction
 from bench.randomness import draw_batch
@@ -69,7 +69,7 @@ def test_nothing_is_saved_after_a_loss_that_is_not_finite(tmp_path, monkeypatch)
         batch = draw_batch(step, *rest)
         return batch._replace(x0=batch.x0 * math.nan) if step == 6 else batch
 
-    monkeypatch.setattr(trainer, "draw_batch", draw)
+    monkeypatch.setattr(shares, "draw_batch", draw)
     with pytest.raises(Diverged, match="at step 6"):
         trained.fit()
     assert [path.name for path in checkpoint.list_checkpoints(tmp_path / "checkpoints")] == ["step-000000004.safetensors"]

@@ -18,12 +18,6 @@ from leases import BUSY, FOREIGN, ROOT, leave_behind, token_of, wait_until
 from bench import lease
 from bench.lease import hold, read
 
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path / "runs" / "abc"
-
-
 # Processes that are killed, paused and forked
 
 PRELUDE = """

@@ -1,115 +1,27 @@
-"""Do the published tables show the papers' figures unchanged, ours beside them, and what differs?"""
+"""Do the published tables show the papers' figures unchanged, and what differs in ours?"""
 
 import csv
-import hashlib
 import io
-import json
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
-from matplotlib.image import imread
 from rich.console import Console
 
-from bench.config import RunConfig
-from bench.figures.published import published_mixing
-from bench.figures.style import save, settings
 from bench.job import make_config
-from bench.published import facts as facts_module
 from bench.published import published_names, published_table, read_facts, to_csv, to_latex, to_markdown, to_rich, write_published
 from bench.published import table as table_module
-from bench.published.facts import FOLDER
-from bench.published.ours import SCORING
-from bench.published.table import METRICS, config_without_methods, load_published_suite
-from bench.runs import Run, find_runs
+from bench.published.table import config_without_methods, load_published_suite
 from bench.settings import flat_settings
 from bench.suite import suite_configs, suite_runs
-from bench.tables import TableRefusal
 from methods.backbone import SIZES
 
-FILES = {  # lines, and a checksum of what they say
-    "diffmoe": (152, "e03fd4841d6f4a96"),
-    "dit": (109, "a8ba8dbfac97db5a"),
-    "dit_moe": (87, "67bae2430c543d74"),
-    "dsmoe": (50, "a001cbf19a6b9e5f"),
-    "dtr": (99, "69d1b3edb6f03b5e"),
-    "others": (85, "7edec189565ce6f5"),
-    "promoe": (151, "12194ba8fcd7ec85"),
-    "race_dit": (142, "7cc0bb93dcf945da"),
-    "remix_dit": (310, "055bb9671340bcc4"),
-    "switch_dit": (66, "fab4a770796fa794"),
-}
 NAMES = published_names()
 LATEX = shutil.which("pdflatex") or shutil.which("tectonic")
-
-
-def checksum(facts: pd.DataFrame) -> str:
-    return hashlib.sha256(facts.to_csv(index=False, lineterminator="\n").encode()).hexdigest()[:16]
-
-
-# The figures
-
-
-def test_every_file_is_known() -> None:
-    assert {path.stem for path in FOLDER.glob("*.csv")} == {*FILES, "computed_costs"}
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_the_figures_are_those_that_were_checked(name: str) -> None:
-    facts = read_facts(name)
-    assert (len(facts), checksum(facts)) == FILES[name]
-
-
-def test_a_directions_metric_is_the_same_wherever_it_is_published() -> None:
-    facts = pd.concat(read_facts(name) for name in FILES)
-    told = facts[facts["higher_is_better"] != ""].groupby("metric")["higher_is_better"].nunique()
-    assert (told == 1).all()
-    words = {"lower": "false", "higher": "true"}
-    known = facts[facts["metric"].isin([metric for metric, column in METRICS.items() if column.better])]
-    told_here = known[known["higher_is_better"] != ""].drop_duplicates("metric").set_index("metric")["higher_is_better"]
-    assert {metric: words[METRICS[metric].better] for metric in told_here.index} == told_here.to_dict()
-
-
-@pytest.mark.parametrize(
-    ("column", "value", "words"),
-    [
-        ("source", " ", "no source in line 3"),
-        ("confidence", "certain", "confidence other than primary, secondary, digitised in line 3"),
-        ("higher_is_better", "yes", "higher_is_better"),
-        ("arxiv", "2212.9748", "no arXiv number"),
-        ("value", "12.5 FID", "no figure"),
-        ("model", "", "an empty name"),
-        ("model", "DiT-S/8", "there twice in line 3"),
-    ],
-)
-def test_a_faulty_file_is_one_sentence(
-    column: str, value: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    facts = read_facts("dit")[lambda frame: frame["metric"] == "FID-50K"]
-    facts.iloc[1, facts.columns.get_loc(column)] = value
-    facts.to_csv(tmp_path / "dit.csv", index=False)
-    monkeypatch.setattr(facts_module, "FOLDER", tmp_path)
-    with pytest.raises(ValueError, match=r"^[^\n]*$") as refusal:
-        read_facts("dit")
-    assert words in str(refusal.value)
-
-
-def test_missing_and_strange_files_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(facts_module, "FOLDER", tmp_path)
-    (tmp_path / "strange.csv").write_text("a,b\n1,2\n")
-    (tmp_path / "torn.csv").write_text('a,b\n"1,2\n')
-    for name, words in (("none", "there is no file"), ("strange", "has the columns a, b"), ("torn", "cannot be read as CSV")):
-        with pytest.raises(ValueError, match=rf"^[^\n]*{words}[^\n]*$"):
-            read_facts(name)
-
-
-# The tables
 
 
 def test_the_tables_that_there_are() -> None:
@@ -261,92 +173,7 @@ def test_the_widths_and_depths_are_those_of_our_sizes() -> None:
         assert SIZES[row.label.partition("/")[0]] == shape
 
 
-# Ours, from runs
-
-
-def write_run(root: Path, config: RunConfig, fid: float, protocol_hash: str = "0123456789", **protocol: Any) -> Path:
-    """A finished run of these settings, as a folder."""
-    folder = root / "runs" / config.run_id
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(config.to_yaml())
-    scoring = {key: value for key, value in asdict(config.evaluation).items() if key in SCORING}
-    metrics = {"fid_train": fid, "inception_score": 100 + fid, "precision": 0.5, "recall": 0.25}
-    record = {
-        "protocol_hash": protocol_hash,
-        "protocol": {**scoring, **protocol},
-        "n": scoring["num_samples"],
-        "metrics": metrics,
-    }
-    (folder / "eval.json").write_text(json.dumps([{**record, "metrics": metrics}]))
-    (folder / "summary.json").write_text(json.dumps({"train_images_per_second": 512.0, "peak_memory_bytes": 3 * 2**30}))
-    if "experts" in config.options:
-        rng = np.random.default_rng(config.seed)
-        values = rng.dirichlet(np.ones(config.options["bases"]), config.options["experts"])
-        axes = np.array(["expert", "basis"])
-        np.savez(folder / "diagnostics.npz", **{"mixing_coefficients": values, "mixing_coefficients/axes": axes})
-    (folder / "done").touch()
-    return folder
-
-
-def config_of(name: str, label: str, seed: int = 0, *settings: str) -> RunConfig:
-    runs = suite_runs(load_published_suite(name), [*settings], make_config)
-    return replace(next(run.config for run in runs if run.config.label == label), seed=seed)
-
-
-def ours(table: Any, row: str, metric: str) -> str:
-    found = [r for section in table.sections for r in section.rows if r.label == row]
-    return next(cell.ours for cell in found[0].cells if cell.metric == metric)
-
-
-def test_finished_runs_fill_their_row_with_the_mean_over_seeds(tmp_path: Path) -> None:
-    for seed, fid in enumerate((8.0, 9.0, 10.0)):
-        write_run(tmp_path, config_of("dtr.table1", "DiT-L/2 + DTR", seed), fid)
-    write_run(tmp_path, config_of("dtr.table1", "DiT-L/2"), 12.0)
-    table = published_table("dtr.table1", find_runs(tmp_path), make_config=make_config)
-    assert ours(table, "DiT + DTR", "FID-50K") == "9.00 ± 2.48"  # 4.303 / sqrt(3)
-    assert ours(table, "DiT", "FID-50K") == "12.00" and ours(table, "DiT", "IS") == "112.00"
-    assert ours(table, "DiT + R-TR (random routing)", "FID-50K") == ""
-    elsewhere = [row for section in table.sections[1:] for row in section.rows for cell in row.cells if cell.ours]
-    assert elsewhere == []  # the other sections have rows of the same name
-    assert any(note.startswith("Ours from 4 finished runs") and "1 to 3" in note for note in table.notes)
-    published = published_table("dtr.table1")
-    assert [c.published for s in table.sections for r in s.rows for c in r.cells] == [
-        c.published for s in published.sections for r in s.rows for c in r.cells
-    ]
-    lines = {(line["row"], line["metric"]): line for line in csv.DictReader(io.StringIO(to_csv(table)))}
-    assert lines["DiT + DTR", "FID-50K"]["ours_from"] == "runs" and lines["DiT + DTR", "FID-50K"]["num_seeds"] == "3"
-
-
-def test_other_settings_other_scoring_and_unfinished_runs_do_not_count(tmp_path: Path) -> None:
-    write_run(tmp_path, config_of("dtr.table1", "DiT-L/2", 0, "train.lr=2e-4"), 1.0)
-    write_run(tmp_path, config_of("dtr.table1", "DiT-L/2 + DTR"), 2.0, num_samples=10_000)
-    folder = write_run(tmp_path, config_of("dtr.table1", "DiT-L/2 + R-TR"), 3.0)
-    (folder / "done").unlink()
-    table = published_table("dtr.table1", find_runs(tmp_path), make_config=make_config)
-    assert not any(cell.ours for section in table.sections for row in section.rows for cell in row.cells)
-    notes = "\n".join(table.notes)
-    assert f"{folder.name} is planned, not done" in notes and "is not scored as the suite says" in notes
-    there = published_table("dtr.table1", find_runs(tmp_path), ["train.lr=2e-4"], make_config)
-    assert ours(there, "DiT", "FID-50K") == "1.00"
-
-
-def test_two_protocols_in_one_section_are_refused(tmp_path: Path) -> None:
-    write_run(tmp_path, config_of("dtr.table1", "DiT-L/2"), 12.0)
-    write_run(tmp_path, config_of("dtr.table1", "DiT-L/2 + DTR"), 9.0, "other", reference_sha256="ab")
-    with pytest.raises(TableRefusal, match=r"^runs of one section were scored by [^\n]*reference_sha256[^\n]*$"):
-        published_table("dtr.table1", find_runs(tmp_path), make_config=make_config)
-    only = published_table("dtr.table1", find_runs(tmp_path, "other"), make_config=make_config)
-    assert ours(only, "DiT + DTR", "FID-50K") == "9.00" and ours(only, "DiT", "FID-50K") == ""
-
-
-def test_speed_and_memory_come_from_runs(tmp_path: Path) -> None:
-    write_run(tmp_path, config_of("remix_dit.table3", "Remix-B/2-4-20"), 1.0)
-    table = published_table("remix_dit.table3", find_runs(tmp_path), make_config=make_config)
-    assert ours(table, "Remix-B/2-4-20", "steps_per_sec") == "2.00" and ours(table, "Remix-B/2-4-20", "gpu_mem_MiB") == "3,072"
-    assert ours(table, "Remix-B/2-4-20", "latency_mixing_ms") == "" and ours(table, "DiT-B/2", "steps_per_sec") == ""
-
-
-# Files and figures
+# Files
 
 
 def test_the_files_are_written_and_the_same_each_time(tmp_path: Path) -> None:
@@ -376,43 +203,3 @@ def test_latex_compiles(tmp_path: Path) -> None:
     (tmp_path / "all.tex").write_text(f"{document}\\begin{{document}}\n{tables}\n\\end{{document}}\n")
     done = subprocess.run([str(LATEX), "all.tex"], cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:]
-
-
-def draw(table: Any, folder: Path) -> list[Path]:
-    folder.mkdir()
-    with settings():
-        return [path for drawn in published_mixing(table) for path in save(drawn, folder)]
-
-
-def test_published_coefficients_are_drawn_alone_and_beside_ours(tmp_path: Path) -> None:
-    paths = draw(published_table("remix_dit.figure4"), tmp_path / "alone")
-    assert [path.suffix for path in paths] == [".png", ".pdf", ".csv"]
-    alone = pd.read_csv(paths[2])
-    assert list(alone.groupby("panel", sort=False).size()) == [80, 32]
-    facts = read_facts("remix_dit")
-    published = facts[facts["table"].isin(["Figure 4a", "Figure 4b"])]["value"].astype(float)
-    assert list(alone["coefficient"]) == list(published)
-    assert list(alone["start"][:5]) == [0, 0, 0, 0, 50] and list(alone["stop"][-2:]) == [1000, 1000]
-    assert draw(published_table("remix_dit.figure4"), tmp_path / "again")[0].read_bytes() == paths[0].read_bytes()
-
-    folders = [write_run(tmp_path, config_of("remix_dit.figure4", "Remix-S-4-8", seed), 1.0) for seed in (0, 1)]
-    table = published_table("remix_dit.figure4", find_runs(tmp_path), make_config=make_config)
-    beside = draw(table, tmp_path / "beside")
-    shown = pd.read_csv(beside[2])
-    panels = list(dict.fromkeys(shown["panel"]))
-    assert len(panels) == 3 and panels[2].endswith("8 experts, ours (2 seeds)")
-    mean = np.mean([Run(folder).diagnostics["mixing_coefficients"].values for folder in folders], axis=0)
-    np.testing.assert_allclose(shown[shown["panel"] == panels[2]]["coefficient"], mean.ravel(), atol=1e-5)
-    assert imread(beside[0]).shape[0] > imread(paths[0]).shape[0]
-
-
-def test_the_caption_of_published_coefficients_says_whose_they_are(tmp_path: Path) -> None:
-    alone = published_mixing(published_table("remix_dit.figure4"))[0].caption
-    assert "as published in Remix-DiT, arXiv" in alone and "none of ours is run" in alone and alone.endswith(".")
-    write_run(tmp_path, config_of("remix_dit.figure4", "Remix-S-4-8", 0), 1.0)
-    beside = published_mixing(published_table("remix_dit.figure4", find_runs(tmp_path), make_config=make_config))[0].caption
-    assert "ours below, as the mean over seeds" in beside
-
-
-def test_tables_without_coefficients_have_no_figure() -> None:
-    assert published_mixing(published_table("remix_dit.table1")) == []

@@ -3,7 +3,7 @@
 import helpers
 import pytest
 import torch
-from test_diffusion import close, fake_network
+from diffusing import close, fake_network
 from torch import Tensor
 
 from bench.diffusion import (
@@ -19,16 +19,6 @@ from bench.diffusion import (
     predict_posterior,
     respace,
 )
-
-
-@pytest.fixture(scope="module")
-def golden() -> dict[str, Tensor]:
-    return helpers.golden("diffusion")[0]
-
-
-@pytest.fixture(scope="module")
-def linear() -> Schedule:
-    return make_schedule("linear")
 
 
 def network_at(schedule: Schedule, x: Tensor, index: Tensor) -> Tensor:

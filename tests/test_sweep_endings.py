@@ -10,7 +10,7 @@ import pytest
 from command import tsbench
 from same_runs import assert_nothing_half_written, assert_same_bytes
 from slurm_cluster import Cluster, wait_until
-from sweeping import LONG, PATIENCE_SECONDS, REMIX, SIX, Attempt, TinySuite, images_seen, sessions, tasks_of
+from sweeping import LONG, MIDDLE, PATIENCE_SECONDS, REMIX, SIX, Attempt, TinySuite, images_seen, sessions, tasks_of
 from training import exit_codes_of
 
 from bench import checkpoint
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slurm
 
 APART = {"method": "multi_expert", "options": {"experts": 3}, "system": {"experts": "separate_jobs"}}
 TOGETHER = {**APART, "system": {}}
-BEGUN = 2400  # images: well inside of what LONG trains
+BEGUN = 2400  # images: well inside of what LONG trains; a third of it, of MIDDLE
 
 
 def most_at_once(attempts: list[Attempt]) -> int:
@@ -147,9 +147,9 @@ def test_preemption_that_cancels_is_submitted_again(tiny_suite: TinySuite) -> No
 
 
 def test_a_killed_task_is_a_failure_that_the_next_sweep_mends(tiny_suite: TinySuite) -> None:
-    tiny_suite.write(REMIX, **LONG)
+    tiny_suite.write(REMIX, **MIDDLE)
     tiny_suite.sweep()
-    tiny_suite.wait_for_images(BEGUN)
+    tiny_suite.wait_for_images(BEGUN // 3)
     (name,) = tiny_suite.status().jobs
     os.kill(*tasks_of(name), signal.SIGKILL)
     tiny_suite.wait_for("failed")

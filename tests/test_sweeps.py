@@ -99,6 +99,8 @@ def test_the_plan_of_what_is_done_has_nothing_to_submit(swept: Path) -> None:
         (["demo", "--cluster", "cloud"], ("'cloud'", "slurm", "inline")),
         (["demo", "--cluster", "slurm", "--profile", "h200"], ("no cluster profile 'h200'", "a100", "local")),
         (["demo", "--cluster", "local", "--workers", "0"], ("--workers is 0", "at least 1")),
+        (["demo", "--cluster", "inline", "--workers", "2"], ("--workers is for --cluster local, not inline", "leave it out")),
+        (["demo", "--cluster", "local", "--wait"], ("--wait is for --cluster slurm", "leave it out")),
         (["demo", "--cluster", "local", "tran.lr=3"], ("there is no setting tran", "train")),
         (["SUITE", "--cluster", "inline", "--only", "newest"], ("'newest' names no run", "planned, failed, stale", "dense-")),
         (["SUITE", "--cluster", "inline", "--only", "d"], ("'d' names more than one run", "dense-", "dtr-")),

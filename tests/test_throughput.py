@@ -10,17 +10,22 @@ from training import UNMEASURED
 from bench.throughput import clock, measure
 from bench.throughput.clock import speed_ratio, spread_of, time_in_turns
 from bench.throughput.contest import Contestant, Setup, baseline_of, config_of, contestants, groups_of, with_baselines
-from bench.throughput.entrant import Entrant, Need, Plain, need_of, sampling_step, synthetic_latents, training_step
+from bench.throughput.entrant import Count, Entrant, Plain, count_of, sampling_step, synthetic_latents, training_step
 from bench.throughput.measure import SAMPLING, TRAINING, Task, measure_all
 from bench.throughput.memory import Memory
 from bench.throughput.peak import measure_peak, vendor_peak
+from bench.throughput.pieces import Need
 from methods import METHODS
 from methods.naive import NAIVE, make_plain
 from methods.naive_updates import LoopedAdamW, LoopedEMA, loop_updates
 
 SIZE = "2x16x2/8"
 PLAIN = Plain(make_plain, loop_updates)
-NEED = Need(UNMEASURED, 0)
+COUNT = Count(UNMEASURED, Need(0))
+
+
+def measured(chosen, task):
+    return [row for group in measure_all(chosen, task) for row in group]
 
 
 class Time:
@@ -169,7 +174,7 @@ def test_words_become_a_configuration():
 def test_a_training_step_is_the_trainers(monkeypatch):
     setup = Setup()
     contestant = Contestant("remix_dit:bases=2,experts=3", SIZE, 4)
-    entrant = Entrant(contestant, setup, NEED, PLAIN)
+    entrant = Entrant(contestant, setup, COUNT, PLAIN)
     trainer = entrant.trainer
     steps = trainer.steps_done
     before = {name: average.clone() for name, average in trainer.ema.averages.items()}
@@ -187,7 +192,7 @@ def test_a_training_step_is_the_trainers(monkeypatch):
 def test_plain_contestants_are_plain_all_through():
     setup = Setup()
     contestant = Contestant("dense", SIZE, 4, plain=True)
-    entrant = Entrant(contestant, setup, NEED, PLAIN)
+    entrant = Entrant(contestant, setup, COUNT, PLAIN)
     assert type(entrant.trainer.method) is NAIVE["dense"]
     assert isinstance(entrant.trainer.optimizer, LoopedAdamW) and isinstance(entrant.trainer.ema, LoopedEMA)
 
@@ -198,7 +203,7 @@ def test_plain_and_ours_train_alike(method):
     losses = []
     for plain in (False, True):
         contestant, setup = Contestant(method, SIZE, 4, plain=plain and method in NAIVE), Setup()
-        entrant = Entrant(contestant, setup, NEED, PLAIN)
+        entrant = Entrant(contestant, setup, COUNT, PLAIN)
         losses.append([float(entrant.train()["loss"]) for _ in range(3)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
@@ -206,7 +211,7 @@ def test_plain_and_ours_train_alike(method):
 @pytest.mark.parametrize("scale", [1.0, 1.5])
 def test_a_sampling_step_is_the_samplers(scale):
     contestant, setup = Contestant("dense", SIZE, 4), Setup(guidance_scale=scale)
-    entrant = Entrant(contestant, setup, NEED, PLAIN)
+    entrant = Entrant(contestant, setup, COUNT, PLAIN)
     config, data, method = entrant.trainer.config, entrant.trainer.data, entrant.trainer.method
     sizes, specialise = [], method.specialise
 
@@ -225,7 +230,7 @@ def test_a_sampling_step_is_the_samplers(scale):
 def test_batches_lie_ready():
     data = synthetic_latents()
     contestant, setup = Contestant("dense", SIZE, 4), Setup()
-    trainer = Entrant(contestant, setup, NEED, PLAIN).trainer
+    trainer = Entrant(contestant, setup, COUNT, PLAIN).trainer
     drawn = []
     trainer.step = lambda batch: drawn.append(batch)
     step = training_step(trainer, data)
@@ -240,7 +245,7 @@ def test_batches_lie_ready():
 @pytest.fixture(scope="module")
 def rows():
     chosen = contestants(["dit_moe:experts=4"], [SIZE], [4], ["fp32"], "none")
-    return measure_all(chosen, Task(Setup(), PLAIN, ["naive", "dense"], 3))
+    return measured(chosen, Task(Setup(), PLAIN, ["naive", "dense"], 3))
 
 
 def test_two_rows_of_each_contestant_and_baseline(rows):
@@ -262,7 +267,7 @@ def test_only_what_has_a_baseline_has_a_ratio(rows):
 
 def test_rates_follow_from_the_step(rows):
     macs = {row["method"]: row["forward_macs_per_image"] for row in rows}
-    assert macs["dense"] == need_of(Contestant("dense", SIZE, 4), Setup()).cost.forward_flops_per_image / 2
+    assert macs["dense"] == count_of(Contestant("dense", SIZE, 4), Setup()).cost.forward_flops_per_image / 2
     for row in rows:
         per_image = 6 if row["what"] == TRAINING else 2 * 2  # guided: both halves
         steps = 1 if row["what"] == TRAINING else 250
@@ -280,7 +285,7 @@ def test_one_that_does_not_fit_is_a_row_that_says_so(monkeypatch):
 
     monkeypatch.setattr(measure, "Entrant", build)
     chosen = contestants(["dense", "dtr"], [SIZE], [2], ["fp32"], "none")
-    found = {(row["what"], row["method"]): row for row in measure_all(chosen, Task(Setup(), PLAIN, ["dense"], 1, together=True))}
+    found = {(row["what"], row["method"]): row for row in measured(chosen, Task(Setup(), PLAIN, ["dense"], 1, together=True))}
     assert len(found) == 4
     assert found[TRAINING, "dtr"]["note"].startswith("out of memory: CUDA out of memory. Tried")
     assert found[TRAINING, "dtr"]["step_seconds"] is None and found[TRAINING, "dtr"]["speed_over_dense"] is None
@@ -291,7 +296,7 @@ def test_nothing_is_timed_before_all_is_allowed(monkeypatch):
     monkeypatch.setattr(measure, "Entrant", lambda *_: pytest.fail("built"))
     chosen = contestants(["dense", "dtr:beta=7"], [SIZE], [2], ["fp32"], "none")
     with pytest.raises(ValueError, match="beta"):
-        measure_all(chosen, Task(Setup(), PLAIN))
+        measured(chosen, Task(Setup(), PLAIN))
 
 
 # The device
@@ -310,7 +315,7 @@ def test_memory_is_what_is_there_at_the_peak():
 def test_what_a_cpu_has_no_room_for_is_not_begun(monkeypatch):
     monkeypatch.setattr("bench.throughput.entrant.job.build_method", lambda *_: pytest.fail("built"))
     with pytest.raises(MemoryError, match=r"needs about 1000000\.0 GB"):
-        Entrant(Contestant("dense", SIZE, 4), Setup(), Need(UNMEASURED, 10**15), PLAIN)
+        Entrant(Contestant("dense", SIZE, 4), Setup(), Count(UNMEASURED, Need(10**15)), PLAIN)
 
 
 def test_the_peak_is_a_matrix_product():
@@ -343,6 +348,6 @@ def test_the_vendors_figure_where_it_is_known(name, flops):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 def test_on_a_gpu():
     chosen = contestants(["dense"], [SIZE], [4], ["bf16"], "none")
-    found = measure_all(chosen, Task(Setup("cuda"), PLAIN, ["naive"], 2, 0.01))
+    found = measured(chosen, Task(Setup("cuda"), PLAIN, ["naive"], 2, 0.01))
     assert all(row["step_seconds"] > 0 for row in found)
     assert all(row["peak_memory_bytes"] > 0 for row in found if row["what"] == TRAINING)

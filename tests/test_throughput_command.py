@@ -6,15 +6,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from torch import nn
 
 from bench import cli
 from bench.figures import style
 from bench.figures.speed import speed
-from bench.throughput import parts
+from bench.throughput import loaders, measure
 from bench.throughput.contest import Setup
-from bench.throughput.parts import LOADER, batch_of_files, loader, measure_parts
+from bench.throughput.entrant import Entrant
+from bench.throughput.loaders import LOADERS, batch_of_files, image_sets, latent_loader
+from bench.throughput.parts import measure_parts
 from bench.throughput.report import frame_of, to_rich
 from methods.naive_parts import PARTS, mixing_forward, mixing_forward_and_backward, optimiser_and_average
 from methods.remix_dit import RemixDiT
@@ -55,6 +58,43 @@ def test_the_csv_the_figure_and_the_table(tmp_path, capsys):
     assert json.loads(traces[0].read_text())["traceEvents"]
 
 
+def test_what_was_measured_is_kept_when_the_command_ends_early(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "cpu.csv"
+    there = []
+
+    def build(contestant, *others):
+        if contestant.method == "dtr":
+            there.extend(sorted(path.name for path in tmp_path.iterdir()))
+            raise KeyboardInterrupt
+        return Entrant(contestant, *others)
+
+    monkeypatch.setattr(measure, "Entrant", build)
+    assert throughput(*TINY, "--methods", "dense", "dtr", "--out", str(out)) == 130
+    assert there == ["cpu.csv", "cpu.pdf", "cpu.png"]  # a process that is killed leaves as much
+    frame = pd.read_csv(out, keep_default_na=True)
+    assert list(frame) == [*COLUMNS, *FACTS] and set(frame["method"]) == {"dense"} and len(frame) == 4
+    captured = capsys.readouterr()
+    assert "training step, 2x16x2/8, batch 4" in captured.out and str(out) in captured.out
+    assert captured.err.splitlines()[-1] == "tsbench: stopped"
+
+
+def test_each_part_is_kept_when_it_is_done(tmp_path, monkeypatch, capsys):
+    def stop(size, batch_size, device):
+        raise KeyboardInterrupt
+
+    first = next(iter(PARTS))
+    monkeypatch.setattr("methods.naive_parts.PARTS", {first: PARTS[first], "next": stop})
+    out = tmp_path / "parts.csv"
+    assert throughput("--parts", *TINY, "--out", str(out)) == 130
+    assert set(pd.read_csv(out)["what"]) == {first} and first in capsys.readouterr().out
+
+
+def test_nothing_is_written_where_nothing_was_timed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(measure, "Entrant", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert throughput(*TINY, "--methods", "dense", "--out", str(tmp_path / "cpu.csv")) == 130
+    assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -80,16 +120,28 @@ def test_what_is_not_allowed_is_refused_in_one_sentence(arguments, words, capsys
     assert refusal.startswith("tsbench: ") and words in refusal
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [("--compile", "everything"), ("--against", "other"), ("model.widht=3",), ("--out", "/dev/null/rows.csv")],
+    ids=" ".join,
+)
+def test_a_refusal_comes_before_anything_that_takes_time(arguments, capsys):
+    assert throughput(*TINY, *arguments) == 2
+    (refusal,) = capsys.readouterr().err.splitlines()
+    assert refusal.startswith("tsbench: ")
+
+
 # Parts
 
 
 def test_parts_are_timed_beside_plain_code(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(parts, "NUM_FILES", 8)
+    monkeypatch.setattr(loaders, "NUM_FILES", 8)
+    monkeypatch.setattr(loaders, "NUM_PHOTOS", 8)
     out = tmp_path / "parts.csv"
     assert throughput("--parts", *TINY, "--out", str(out)) == 0
     frame = pd.read_csv(out)
     assert [tuple(row) for row in frame[["what", "code"]].to_numpy()] == [
-        (what, code) for what in (*PARTS, LOADER) for code in ("ours", "naive")
+        (what, code) for what in (*PARTS, *LOADERS) for code in ("ours", "naive")
     ]
     assert (frame[frame["code"] == "ours"]["speed_over_naive"] > 0).all() and (frame["rounds"] == 2).all()
     assert (tmp_path / "parts.png").is_file() and "mixture of 8 experts" in capsys.readouterr().out
@@ -99,8 +151,8 @@ def test_a_part_that_runs_out_of_memory_says_so():
     def too_large(size, batch_size, device):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    rows = measure_parts({"large": too_large}, [SIZE], [4], ["fp32"], Setup(), 1, 0.0)
-    assert [row["note"] for row in rows if row["what"] == "large"] == ["out of memory: CUDA out of memory"] * 2
+    rows = next(measure_parts({"large": too_large}, [SIZE], [4], ["fp32"], Setup(), 1, 0.0))
+    assert [(row["what"], row["note"]) for row in rows] == [("large", "out of memory: CUDA out of memory")] * 2
 
 
 @pytest.mark.parametrize("small", [False, True])
@@ -168,16 +220,27 @@ def test_both_optimisers_update_alike(monkeypatch):
 
 
 def test_both_loaders_read_the_same_images(tmp_path, monkeypatch):
-    monkeypatch.setattr(parts, "NUM_FILES", 16)
+    monkeypatch.setattr(loaders, "NUM_FILES", 16)
     drawn = []
     randint = torch.randint
     monkeypatch.setattr(torch, "randint", lambda *size, **options: drawn.append(randint(*size, **options)) or drawn[-1])
-    ours, plain = loader(tmp_path)("any", 6, torch.device("cpu"))
+    ours, plain = latent_loader(tmp_path)("any", 6, torch.device("cpu"))
     gathered, one_by_one = ours(), plain()
     paths = sorted(tmp_path.glob("0*.npy"))
     assert gathered.shape == one_by_one.shape == (6, 4, 32, 32) and len(paths) == 16
     assert torch.equal(gathered, batch_of_files(paths, drawn[0]))
     assert torch.equal(one_by_one, batch_of_files(paths, drawn[1]))
+
+
+def test_packed_images_are_those_of_the_photos(tmp_path):
+    packed, files = image_sets(tmp_path, 5)
+    indices = torch.tensor([4, 0, 4])
+    assert packed.batch(indices)[0].shape == (3, 3, 256, 256)
+    assert torch.equal(packed.batch(indices)[0], files.batch(indices)[0])
+    with Image.open(files.paths[0]) as photo:
+        assert photo.size == (500, 375)
+    again, _ = image_sets(tmp_path, 5)  # for the next batch size
+    assert torch.equal(packed.batch(indices)[0], again.batch(indices)[0])
 
 
 # What is shown

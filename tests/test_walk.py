@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from helpers import randomise
-from test_sample import CPU, sampler_and_method
+from sampling import CPU, sampler_and_method
 from torch import Tensor
 
 from bench.config import DiffusionConfig, EvaluationConfig

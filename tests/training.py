@@ -120,8 +120,8 @@ def crash_after(trainer: Trainer, num_steps: int) -> None:
     """Train, and crash after that many more steps, before anything of the last one is written."""
     step, left = trainer.step, [num_steps]
 
-    def counted(batch: Any) -> Any:
-        losses = step(batch)
+    def counted(*batches: Any) -> Any:
+        losses = step(*batches)
         left[0] -= 1
         if not left[0]:
             raise Crash

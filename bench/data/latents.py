@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bench.config import DataConfig
-from bench.data.source import DataSource, balanced_order, check_image_size, hash_arrays
+from bench.data.source import DataSource, balanced_order, check_image_size, hash_arrays, open_array
 
 LAYOUT = "data.path must hold train_latents.npy, train_labels.npy, heldout_latents.npy and heldout_labels.npy"
 META_KEYS = ("scaling", "source")
@@ -43,7 +43,8 @@ def load_latents(config: DataConfig) -> DataSource:
     if not config.path:
         raise ValueError(f"data.path is empty: {LAYOUT}")
     root = Path(config.path)
-    arrays = {f"{part}_{kind}": _open(root, f"{part}_{kind}") for part in ("train", "heldout") for kind in ("latents", "labels")}
+    names = [f"{part}_{kind}" for part in ("train", "heldout") for kind in ("latents", "labels")]
+    arrays = {name: open_array(root / f"{name}.npy", LAYOUT, "write it again with numpy.save") for name in names}
     shape = _check(root, arrays)
     check_image_size(config.image_size, shape[-1], "these latent")
     scaling = _scaling(root / "meta.json")
@@ -61,17 +62,6 @@ def load_latents(config: DataConfig) -> DataSource:
         return hash_arrays([*arrays.items(), ("scaling", np.array([scaling]))])
 
     return DataSource("latents", num_classes, shape[0], shape[-1], train, heldout, fingerprint, pixels=False)
-
-
-def _open(root: Path, name: str) -> np.ndarray:
-    path = root / f"{name}.npy"
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}: {LAYOUT}")
-    try:
-        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read as a NumPy array ({error}): write it again with numpy.save") from None
-    return array
 
 
 def _check(root: Path, arrays: dict[str, np.ndarray]) -> tuple[int, ...]:

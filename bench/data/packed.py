@@ -6,7 +6,7 @@ A batch is gathered from the arrays; nothing is decoded, and only the rows that 
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from bench.config import DataConfig
-from bench.data.source import DataSource, balanced_order, check_image_size, hash_arrays, to_uint8, to_unit_range
+from bench.data.buffers import Buffers
+from bench.data.source import DataSource, balanced_order, check_image_size, hash_arrays, open_array, scale_to_unit_range, to_uint8
 
 PARTS = ("train", "heldout")
 LAYOUT = "data.path must hold train_images.npy, train_labels.npy, heldout_images.npy and heldout_labels.npy"
@@ -28,13 +29,16 @@ class PackedImages:
     images: np.ndarray  # (n, C, H, W) uint8
     rows: np.ndarray  # (n,) int64
     labels: Tensor
+    buffers: Buffers = field(default_factory=Buffers)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        gathered = np.take(self.images, self.rows[indices.numpy()], axis=0)
-        return to_unit_range(torch.from_numpy(gathered)), self.labels[indices]
+        x = self.buffers.empty((len(indices), *self.images.shape[1:]))
+        for image, row in zip(x.numpy(), self.rows[indices.numpy()], strict=True):
+            np.copyto(image, self.images[row])  # from the file to float32 at once
+        return scale_to_unit_range(x), self.labels[indices]
 
 
 def load_packed(config: DataConfig) -> DataSource:
@@ -42,7 +46,8 @@ def load_packed(config: DataConfig) -> DataSource:
     if not config.path:
         raise ValueError(f"data.path is empty: {LAYOUT}")
     root = Path(config.path)
-    arrays = {f"{part}_{kind}": _open(root, f"{part}_{kind}") for part in PARTS for kind in ("images", "labels")}
+    names = [f"{part}_{kind}" for part in PARTS for kind in ("images", "labels")]
+    arrays = {name: open_array(root / f"{name}.npy", LAYOUT, "pack it again") for name in names}
     channels, size = _check(root, arrays)
     check_image_size(config.image_size, size, "these packed")
     labels = {part: torch.from_numpy(np.array(arrays[f"{part}_labels"], dtype=np.int64)) for part in PARTS}
@@ -83,17 +88,6 @@ def pack(source: DataSource, folder: Path, told: Callable[[int, int], None] = la
             os.replace(temporary, folder / f"{part}_images.npy")  # last: images mean that labels are there
         finally:
             temporary.unlink(missing_ok=True)
-
-
-def _open(root: Path, name: str) -> np.ndarray:
-    path = root / f"{name}.npy"
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}: {LAYOUT}")
-    try:
-        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read as a NumPy array ({error}): pack it again") from None
-    return array
 
 
 def _check(root: Path, arrays: dict[str, np.ndarray]) -> tuple[int, int]:

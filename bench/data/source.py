@@ -67,7 +67,12 @@ class TensorImages:
 
 def to_unit_range(images: Tensor) -> Tensor:
     """uint8 0..255 -> float32 in [-1, 1]; float32 passes."""
-    return images.float().div_(127.5).sub_(1.0) if images.dtype == torch.uint8 else images  # in place: memory is what it costs
+    return scale_to_unit_range(images.float()) if images.dtype == torch.uint8 else images
+
+
+def scale_to_unit_range(x: Tensor) -> Tensor:
+    """float32 0..255 -> [-1, 1], in place: memory is what it costs."""
+    return x.div_(127.5).sub_(1.0)
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -112,6 +117,17 @@ def spread_choice(labels: Tensor, count: int) -> Tensor:
 def evenly_spread(length: int, count: int) -> Tensor:
     """`count` different positions in 0..length-1, at the middles of equal parts; needs count <= length."""
     return (2 * torch.arange(count) + 1) * length // (2 * count)
+
+
+def open_array(path: Path, layout: str, remedy: str) -> np.ndarray:
+    """A NumPy file, memory-mapped; ValueError, with what belongs there or the remedy, if it is missing or cannot be read."""
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}: {layout}")
+    try:
+        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read as a NumPy array ({error}): {remedy}") from None
+    return array
 
 
 def hash_arrays(arrays: Iterable[tuple[str, np.ndarray]]) -> str:

@@ -1,7 +1,7 @@
 """Which experts does a block use, for which timesteps, positions and classes? From the diagnostics `routing`, `routing_by_*`."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -23,11 +23,8 @@ SHARE, WEIGHT = "share of routing", "routing weight"  # what sums to 1 over expe
 
 def routing(material: Material) -> list[Drawn]:
     """(block, timestep, expert): a heatmap per expert."""
-    found = having(material, "routing", ("block", "timestep", "expert"))
-    names = names_for("routing", [shown for shown, _ in found])
     drawn = []
-    for name, (shown, diagnostic) in zip(names, found, strict=True):
-        shares = mean_over(diagnostic.values, diagnostic.axes, ("block", "timestep", "expert"))
+    for name, shown, shares in _shares(material, "routing", ("block", "timestep", "expert")):
         edges = np.linspace(0, num_timesteps(shown), shares.shape[1] + 1)
         drawn.append(_heatmaps(name, shown, shares, edges, "timestep", TIMESTEP))
     return drawn
@@ -35,11 +32,8 @@ def routing(material: Material) -> list[Drawn]:
 
 def routing_by_class(material: Material) -> list[Drawn]:
     """(block, class, expert): a heatmap per expert."""
-    found = having(material, "routing_by_class", ("block", "class", "expert"))
-    names = names_for("routing_by_class", [shown for shown, _ in found])
     drawn = []
-    for name, (shown, diagnostic) in zip(names, found, strict=True):
-        shares = mean_over(diagnostic.values, diagnostic.axes, ("block", "class", "expert"))
+    for name, shown, shares in _shares(material, "routing_by_class", ("block", "class", "expert")):
         named = len(material.class_names) == shares.shape[1] <= NUM_CLASS_NAMES
         edges = np.arange(shares.shape[1] + 1) - 0.5
         drawn.append(_heatmaps(name, shown, shares, edges, "class", "class", material.class_names if named else ()))
@@ -48,11 +42,8 @@ def routing_by_class(material: Material) -> list[Drawn]:
 
 def routing_by_position(material: Material) -> list[Drawn]:
     """(block, position, expert): a small map of the image for each block and expert."""
-    found = having(material, "routing_by_position", ("block", "position", "expert"))
-    names = names_for("routing_by_position", [shown for shown, _ in found])
     drawn = []
-    for name, (shown, diagnostic) in zip(names, found, strict=True):
-        shares = mean_over(diagnostic.values, diagnostic.axes, ("block", "expert", "position"))
+    for name, shown, shares in _shares(material, "routing_by_position", ("block", "expert", "position")):
         blocks, experts = spread(shares.shape[0], NUM_BLOCKS), spread(shares.shape[1], NUM_EXPERTS)
         figure = new_figure(0.72 * len(experts) + 2.2, 0.72 * len(blocks) + 1.0)
         axes = figure.subplots()
@@ -103,6 +94,14 @@ def in_groups(shares: np.ndarray, edges: np.ndarray) -> tuple[np.ndarray, np.nda
     cuts = np.linspace(0, count, min(count, NUM_GROUPS) + 1).round().astype(int)
     parts = [mean_over(shares[:, a:b], ("block", "place", "expert"), ("block", "expert")) for a, b in pairwise(cuts)]
     return np.stack(parts, axis=1), edges[cuts]
+
+
+def _shares(material: Material, diagnostic: str, axes: tuple[str, ...]) -> Iterator[tuple[str, Shown, np.ndarray]]:
+    """The figure's name, the run and its array with its axes in this order, for each label that left the diagnostic."""
+    found = having(material, diagnostic, axes)
+    names = names_for(diagnostic, [shown for shown, _ in found])
+    for name, (shown, of_run) in zip(names, found, strict=True):
+        yield name, shown, mean_over(of_run.values, of_run.axes, axes)
 
 
 def _heatmaps(

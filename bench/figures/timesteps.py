@@ -5,30 +5,10 @@ import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 
-from bench.figures.losses import (
-    HELDOUT_LOSS,
-    TRAINING_LOSS,
-    both,
-    difference_sentence,
-    moving_mean,
-    name_difference,
-    rows_of,
-    to_baseline,
-    with_denoising_loss,
-)
-from bench.figures.seeds import draw_lines, over_seeds, seeds_sentence
-from bench.figures.style import (
-    SEQUENTIAL,
-    TIMESTEP,
-    Drawn,
-    Material,
-    Shown,
-    image_axis,
-    legend_beside,
-    log_loss_axis,
-    names_for,
-    new_figure,
-)
+from bench.figures.difference import beside_difference
+from bench.figures.losses import TRAINING_LOSS, moving_mean, rows_of, with_denoising_loss
+from bench.figures.seeds import over_seeds, seeds_sentence
+from bench.figures.style import SEQUENTIAL, TIMESTEP, Drawn, Material, Shown, image_axis, log_loss_axis, names_for, new_figure
 
 BIN = ["bin", "start", "stop", "middle"]
 INTERVAL = ["interval", "start", "stop", "images_seen"]
@@ -37,29 +17,18 @@ NUM_NUMBERED = 20  # intervals; with more, their numbers would not be readable
 
 def loss_per_timestep(material: Material) -> list[Drawn]:
     """The held-out loss at the end of training, per bin of timesteps, and how it differs from the baseline's."""
-    curves = [(shown, final_heldout(shown)) for shown in material.shown]
-    curves = [(shown, rows) for shown, rows in curves if len(rows)]
+    curves = [(shown, rows) for shown in material.shown if len(rows := final_heldout(shown))]
     if not curves:
         return []
-    loss = over_seeds(curves, BIN, "loss")
-    difference = over_seeds(to_baseline(curves, BIN, material.baseline), BIN, "percent")
-    figure = new_figure(10.6 if len(difference) else 7.6, 3.9)
-    panels = figure.subplots(1, 2 if len(difference) else 1, squeeze=False)[0]
-    draw_lines(panels[0], loss, material, "middle", "loss")
-    panels[0].set_title("Held-out loss per timestep, at the end")
-    log_loss_axis(panels[0], HELDOUT_LOSS)
-    if len(difference):
-        draw_lines(panels[1], difference, material, "middle", "percent")
-        name_difference(panels[1], material.baseline)
-    for axes in panels:
+    figure, table, sentence = beside_difference(curves, BIN, "middle", "Held-out loss per timestep, at the end", material)
+    for axes in figure.axes:
         axes.set_xlabel(TIMESTEP)
-        axes.set_xlim(0, loss["stop"].max())
-    legend_beside(figure, panels[0])
+        axes.set_xlim(0, table["stop"].max())
     caption = (
-        f"Denoising loss of the averaged weights at the end of training, in {loss['bin'].nunique()} bins of timesteps, on "
-        f"held-out images with fixed noise. {seeds_sentence(loss)}{difference_sentence(material, difference)}"
+        f"Denoising loss of the averaged weights at the end of training, in {table['bin'].nunique()} bins of timesteps, on "
+        f"held-out images with fixed noise. {sentence}"
     )
-    return [Drawn("loss_per_timestep", figure, both(loss, difference), caption)]
+    return [Drawn("loss_per_timestep", figure, table, caption)]
 
 
 def per_expert_loss(material: Material) -> list[Drawn]:

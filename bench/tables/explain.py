@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from bench.config import NOT_SCIENTIFIC
+from bench.config import scientific_part
 from bench.settings import flat_settings
 from bench.tables.table import Cell, Part, Row, Table
 from bench.tidy import FLOOR, PLACES, Results
@@ -78,7 +78,7 @@ def _settings(row: Row, part: Part, results: Results) -> str:
 
 def _settings_of(row: Row, results: Results) -> dict[str, Any]:
     config = results.records.get(row.runs[0], {}).get("config", {})
-    return flat_settings({key: value for key, value in config.items() if key not in (*NOT_SCIENTIFIC, "seed")})
+    return flat_settings({key: value for key, value in scientific_part(config).items() if key != "seed"})
 
 
 def _origin(run: str, record: Mapping[str, Any], rows: pd.DataFrame) -> str:

@@ -57,9 +57,16 @@ def time_turn(run: Callable[[], object], wait: Callable[[], None], num_calls: in
 
 
 def time_in_turns(
-    runs: Mapping[Key, Callable[[], object]], repeats: int, wait: Callable[[], None], least_seconds: float = 0.0
+    runs: Mapping[Key, Callable[[], object]],
+    repeats: int,
+    wait: Callable[[], None],
+    least_seconds: float = 0.0,
+    rest: Callable[[Key], object] = lambda key: None,
 ) -> tuple[dict[Key, list[float]], dict[Key, str]]:
-    """Seconds of one call of each, round by round; and why one was left out: it ran out of memory. All are warm already."""
+    """Seconds of one call of each, round by round; and why one was left out: it ran out of memory. All are warm already.
+
+    `rest` frees, after each turn, what one needs in its own turns only.
+    """
     calls, seconds, failed = dict.fromkeys(runs, 1), {key: [] for key in runs}, {}  # type: ignore[var-annotated]
     for repeat in range(-1, repeats):  # the first round only finds out how many calls make a turn
         for key in [key for key in runs if key not in failed]:
@@ -71,6 +78,7 @@ def time_in_turns(
             except (MemoryError, RuntimeError) as error:
                 failed[key] = why_out_of_memory(error)
                 del seconds[key]
+            rest(key)
     return seconds, failed
 
 

@@ -1,12 +1,13 @@
 """What does `tsbench throughput` do?
 
 It times every chosen method at every size, batch size and precision, each beside its baselines in the same run, prints
-a table and, with --out, writes a CSV and bars beside it. Times are measured, never tested: another machine gives others.
+a table and, with --out, writes a CSV and bars beside it, anew after each group: what ends the command early takes nothing
+of what was done. Times are measured, never tested: another machine gives others.
 """
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:  # imports are made where they are needed, so that help and re
 
     from bench.throughput.contest import Setup
     from bench.throughput.entrant import Plain
+    from bench.throughput.measure import Row
     from bench.throughput.parts import Part
 
 WIDTH = 140  # of what is not printed to a terminal
@@ -78,16 +80,27 @@ def add_parser(commands: Any, run: Any) -> None:
 
 def run(parsed: argparse.Namespace, plain: "Plain", parts: "Mapping[str, Part]") -> int:
     """`plain` and `parts`: what the methods are timed beside."""
+    from bench.files import make_folder
     from bench.throughput import report
 
     check(parsed)
     setup = setup_of(parsed)
+    facts = report.facts_of_run(setup)
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    rows = parts_rows(parsed, setup, parts) if parsed.parts else method_rows(parsed, setup, plain, console)
-    frame = report.frame_of(rows, report.facts_of_run(setup))
-    console.print(report.to_rich(frame))
+    measured = parts_rows(parsed, setup, parts) if parsed.parts else method_rows(parsed, setup, plain, console)
     if parsed.out:
-        for path in write(frame, parsed.out):
+        make_folder(parsed.out.parent)  # or a refusal, before anything takes time
+    rows: list[Row] = []
+    paths: list[Path] = []
+    try:
+        for done in measured:
+            rows += done
+            if parsed.out:
+                paths = write(report.frame_of(rows, facts), parsed.out)
+    finally:  # also when it is interrupted
+        if rows:
+            console.print(report.to_rich(report.frame_of(rows, facts)))
+        for path in paths:
             print(path)
     return 0
 
@@ -115,14 +128,16 @@ def setup_of(parsed: argparse.Namespace) -> "Setup":
     return Setup(parsed.device, parsed.threads or torch.get_num_threads(), parsed.guidance, tuple(parsed.settings))
 
 
-def method_rows(parsed: argparse.Namespace, setup: "Setup", plain: "Plain", console: Console) -> list[dict[str, Any]]:
+def method_rows(parsed: argparse.Namespace, setup: "Setup", plain: "Plain", console: Console) -> "Iterator[list[Row]]":
     from bench.files import make_folder
-    from bench.throughput.contest import contestants
+    from bench.throughput.contest import config_of, contestants, with_baselines
     from bench.throughput.entrant import Entrant
     from bench.throughput.measure import Task, measure_all
     from bench.throughput.trace import profile_entrant
 
     chosen = contestants(parsed.methods, parsed.size, parsed.batch, parsed.precision, parsed.compile)
+    for contestant in with_baselines(chosen, parsed.against):
+        config_of(contestant, setup)  # refuses what is not allowed, before anything takes time
     if parsed.profile:
         make_folder(parsed.profile)
 
@@ -134,7 +149,7 @@ def method_rows(parsed: argparse.Namespace, setup: "Setup", plain: "Plain", cons
     return measure_all(chosen, task)
 
 
-def parts_rows(parsed: argparse.Namespace, setup: "Setup", parts: "Mapping[str, Part]") -> list[dict[str, Any]]:
+def parts_rows(parsed: argparse.Namespace, setup: "Setup", parts: "Mapping[str, Part]") -> "Iterator[list[Row]]":
     from bench.throughput.contest import contestants
     from bench.throughput.parts import measure_parts
 

@@ -18,17 +18,20 @@ from bench.data import DataSource
 from bench.data.source import TensorImages
 from bench.diffusion import guide
 from bench.flops import Cost, measure
-from bench.intervals import interval_at_step
-from bench.memory import training_bytes
+from bench.memory import training_memory
 from bench.method import Method
-from bench.randomness import draw_batch
 from bench.sample import make_sampler
+from bench.shares import draw_shares, intervals_of
 from bench.throughput.contest import CHANNELS, INPUT_SIZE, NUM_CLASSES, Contestant, Setup, config_of
 from bench.throughput.memory import Memory
+from bench.throughput.pieces import Need
 from bench.trainer import Trainer
 
 MOST_BATCHES = 4
 NUM_IMAGES = 1024
+# What a step needs beside what it keeps for its backward pass, from peaks that were measured (LOG.md): as a part of that for
+# gradients on their way and gaps between pieces, and bytes for the libraries' own.
+PASSING, LIBRARIES = 0.25, 200e6
 
 
 class Plain(NamedTuple):
@@ -46,29 +49,35 @@ def synthetic_latents() -> DataSource:
     return DataSource("synthetic latents", NUM_CLASSES, CHANNELS, INPUT_SIZE, part, part, lambda: "synthetic", pixels=False)
 
 
-class Need(NamedTuple):
-    """Of a method in a setting; counted, without allocating it. That of a plain version is that of the method."""
+class Count(NamedTuple):
+    """Of a method in a setting; counted without allocating it."""
 
     cost: Cost
-    memory_bytes: int  # in training: an estimate
+    need: Need
 
 
-def need_of(contestant: Contestant, setup: Setup) -> Need:
+def count_of(contestant: Contestant, setup: Setup) -> Count:
+    """Of a plain version as of ours: on the meta device attention keeps all weights (B, heads, N, N), as plain code does and ours
+    does not, and sorted rows are as many as those behind masks. In fp32; bf16 needs less.
+    """
     with torch.device("meta"):
         method = job.build_method(config_of(contestant, setup), synthetic_latents())
     shape = (CHANNELS, INPUT_SIZE, INPUT_SIZE)
-    return Need(measure(method, shape, NUM_CLASSES), training_bytes(method, shape, contestant.batch_size))
+    memory = training_memory(method, shape, contestant.batch_size)
+    held = memory.total - memory.activations  # gradients go, but the sampler may have weights of its own
+    need = Need(held + (1 + PASSING) * memory.activations + LIBRARIES, held)
+    return Count(measure(method, shape, NUM_CLASSES), need)
 
 
 class Entrant:
     """A contestant that is built and warm."""
 
-    def __init__(self, contestant: Contestant, setup: Setup, need: Need, plain: Plain) -> None:
+    def __init__(self, contestant: Contestant, setup: Setup, count: Count, plain: Plain) -> None:
         config, data, device = config_of(contestant, setup), synthetic_latents(), torch.device(setup.device)
         memory = Memory(device)
-        memory.expect(need.memory_bytes)
+        memory.expect(count.need.peak)
         method = job.build_method(config, data)
-        trainer = Trainer(plain.method(method) if contestant.plain else method, config, data, cost=need.cost)
+        trainer = Trainer(plain.method(method) if contestant.plain else method, config, data, cost=count.cost)
         if contestant.plain:
             plain.updates(trainer)
         self.contestant, self.trainer = contestant, trainer
@@ -81,10 +90,15 @@ class Entrant:
         self.sample = sampling_step(trainer.method, config, data, device)
         self.sample()
         self.sample()
+        self.rest()
 
     def settle(self) -> None:
         """What the trainer does now and then: look at the losses, and forget them."""
         self.trainer.flush()
+
+    def rest(self) -> None:
+        """Hold no more than weights and states while others run; a step makes new gradients."""
+        self.trainer.optimizer.zero_grad(set_to_none=True)
 
 
 def training_step(trainer: Trainer, data: DataSource) -> Callable[[], object]:
@@ -92,10 +106,11 @@ def training_step(trainer: Trainer, data: DataSource) -> Callable[[], object]:
     num_batches = min(MOST_BATCHES, max(2, len(trainer.intervals)))
     batches = []
     for step in range(num_batches):
-        interval = interval_at_step(step, trainer.intervals, trainer.config.seed)
-        batches.append(draw_batch(step, interval, trainer.config, data, 0.5).to(trainer.device))
+        intervals = intervals_of(step, trainer.method, trainer.config)
+        drawn = draw_shares(step, intervals, trainer.shares, trainer.config, data, 0.5)
+        batches.append([batch.to(trainer.device) for batch in drawn])
     following = itertools.cycle(batches)
-    return lambda: trainer.step(next(following))
+    return lambda: trainer.step(*next(following))
 
 
 def sampling_step(method: Method, config: RunConfig, data: DataSource, device: torch.device) -> Callable[[], object]:

@@ -1,4 +1,4 @@
-"""How fast is each contestant? Builds those of one size side by side, times them in turns and makes a row of each.
+"""How fast is each contestant? Builds those that fit into memory side by side, times them in turns and makes a row of each.
 
 A row says what was timed, the seconds of one step (median and quartiles over rounds), images/s, the part of the
 device's peak that useful arithmetic reaches, peak memory, and how many times as fast as each baseline it is. Useful are
@@ -6,8 +6,8 @@ device's peak that useful arithmetic reaches, peak memory, and how many times as
 method as it is defined: what plain code or recomputation does on top does not count.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,12 +15,14 @@ import torch
 from bench.provenance import device_name
 from bench.throughput.clock import Spread, speed_ratio, spread_of, synchroniser, time_in_turns, why_out_of_memory
 from bench.throughput.contest import NUM_SAMPLING_STEPS, Contestant, Group, Setup, baseline_of, groups_of
-from bench.throughput.entrant import Entrant, Need, Plain, need_of
+from bench.throughput.entrant import Count, Entrant, Plain, count_of
+from bench.throughput.memory import free_bytes
 from bench.throughput.peak import measure_peak, vendor_peak
+from bench.throughput.pieces import bytes_together, pieces
 
 TRAINING, SAMPLING = "training step", "sampling step"
 Row = dict[str, Any]
-Needs = dict[tuple[str, str, int], Need]  # of a method at a size and a batch size
+Counts = dict[tuple[str, str, int], Count]  # of a method at a size and a batch size
 
 
 @dataclass(frozen=True)
@@ -37,60 +39,122 @@ class Task:
     look: Callable[[Entrant], None] = lambda entrant: None
 
 
-def measure_all(chosen: Sequence[Contestant], task: Task) -> list[Row]:
-    """Two rows of each contestant and of each baseline. ValueError, before anything is timed, for what is not allowed."""
+@dataclass
+class Timed:
+    """What came out for contestants that were in memory at the same time."""
+
+    contestants: Sequence[Contestant]
+    peaks: dict[str, float] = field(default_factory=dict)  # of the device in each precision, in FLOP/s
+    seconds: dict[str, dict[Contestant, list[float]]] = field(default_factory=dict)  # of each thing that was timed, by round
+    memory: dict[Contestant, Row] = field(default_factory=dict)
+    notes: dict[Contestant, str] = field(default_factory=dict)  # why one could not be timed
+
+
+def measure_all(chosen: Sequence[Contestant], task: Task) -> Iterator[list[Row]]:
+    """Two rows of each contestant and of each baseline, group by group. ValueError, before anything is timed, for what is not
+    allowed.
+    """
     groups = groups_of(chosen, task.against, task.together)
-    needs: Needs = {}
+    counts: Counts = {}
     for contestant in (contestant for group in groups for contestant in group.contestants):
         key = (contestant.method, contestant.size, contestant.batch_size)
-        if key not in needs:
+        if key not in counts:
             task.watch(f"counting the FLOPs of {contestant.method} {contestant.size}")
-            needs[key] = need_of(contestant, task.setup)
-    return [row for group in groups for row in _measure_group(group, task, needs)]
+            counts[key] = count_of(contestant, task.setup)
+    for group in groups:
+        yield _measure_group(group, task, counts)
 
 
-def _measure_group(group: Group, task: Task, needs: Needs) -> list[Row]:
-    setup, device = task.setup, torch.device(task.setup.device)
+def _measure_group(group: Group, task: Task, counts: Counts) -> list[Row]:
+    """In as few pieces as fit into memory."""
+    needs = {contestant: _count(counts, contestant).need for contestant in group.contestants}
+    free = free_bytes(torch.device(task.setup.device))
+    cut = pieces(group.contestants, task.against, needs.__getitem__, free)
+    why = ""
+    if len(cut) > 1:
+        why = f"all together need about {bytes_together(needs.values()) / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+        task.watch(f"timing {len(group.contestants)} contestants in {len(cut)} pieces: {why}")
+    timed = [_time_together(piece, task, counts) for piece in cut]
+    return [row for contestant in group.contestants for row in _rows(contestant, group, timed, task, counts, why)]
+
+
+def _time_together(contestants: Sequence[Contestant], task: Task, counts: Counts) -> Timed:
+    setup, device, timed = task.setup, torch.device(task.setup.device), Timed(contestants)
     torch.set_num_threads(setup.threads)
     torch.compiler.reset()  # what was compiled for earlier sizes would count towards the limit on recompiling
-    precisions = {contestant.precision for contestant in group.contestants}
-    peaks = {precision: measure_peak(device, precision) for precision in precisions}
+    precisions = {contestant.precision for contestant in contestants}
+    timed.peaks = {precision: measure_peak(device, precision) for precision in precisions}
     entrants: dict[Contestant, Entrant] = {}
-    notes: dict[Contestant, str] = {}
-    for contestant in group.contestants:
+    for contestant in contestants:
         task.watch(f"warming up {contestant.label}")
         try:
-            entrants[contestant] = Entrant(contestant, setup, _need(needs, contestant), task.plain)
+            entrants[contestant] = Entrant(contestant, setup, _count(counts, contestant), task.plain)
         except (MemoryError, RuntimeError) as error:
-            notes[contestant] = f"{why_out_of_memory(error)} (beside {len(entrants)} others)"
-    seconds: dict[str, dict[Contestant, list[float]]] = {}
+            timed.notes[contestant] = f"{why_out_of_memory(error)} (beside {len(entrants)} others)"
     for what, runs in (
         (TRAINING, {contestant: entrant.train for contestant, entrant in entrants.items()}),
         (SAMPLING, {contestant: entrant.sample for contestant, entrant in entrants.items()}),
     ):
         task.watch(f"timing the {what} of {len(runs)} contestants in turns")
-        seconds[what], failed = time_in_turns(runs, task.repeats, synchroniser(device), task.least_seconds)
-        notes |= failed
+        wait = synchroniser(device)
+        timed.seconds[what], failed = time_in_turns(
+            runs, task.repeats, wait, task.least_seconds, lambda contestant: entrants[contestant].rest()
+        )
+        timed.notes |= failed
         for each in entrants.values():
             each.settle()
     for precision in precisions:  # the machine may have been slower before
-        peaks[precision] = max(peaks[precision], measure_peak(device, precision))
-    for each in entrants.values():
-        task.look(each)
-    rows = []
-    for contestant in group.contestants:
-        need, entrant, note = _need(needs, contestant), entrants.get(contestant), notes.get(contestant, "")
-        for what, of_all in seconds.items():
-            row = {"what": what, **_facts(contestant), "beside": group.beside, "note": note}
-            row |= _speed(contestant, what, of_all, task, need, peaks[contestant.precision])
-            if entrant is not None and what == TRAINING:
-                row |= {"peak_memory_bytes": entrant.peak_memory_bytes, "memory": entrant.memory_kind}
-            rows.append(row)
+        timed.peaks[precision] = max(timed.peaks[precision], measure_peak(device, precision))
+    for contestant, entrant in entrants.items():
+        task.look(entrant)
+        timed.memory[contestant] = {"peak_memory_bytes": entrant.peak_memory_bytes, "memory": entrant.memory_kind}
+    return timed
+
+
+def _rows(contestant: Contestant, group: Group, timed: Sequence[Timed], task: Task, counts: Counts, why: str) -> list[Row]:
+    """Of one contestant, from all pieces that it was in: times are those of the first, each ratio is taken within one. `why`
+    a group was cut, if it was.
+    """
+    timed = [piece for piece in timed if contestant in piece.contestants]
+    own, rows = timed[0], []
+    for what in (TRAINING, SAMPLING):
+        row = {"what": what, **_facts(contestant), "beside": group.beside, "note": own.notes.get(contestant, "")}
+        seconds = own.seconds[what].get(contestant, [])
+        row |= {"rounds": len(seconds), **spread_columns("step_seconds", spread_of(seconds) if seconds else None)}
+        if seconds:
+            macs = _count(counts, contestant).cost.forward_macs_per_image
+            row |= _rates(contestant, what, spread_of(seconds).median, task.setup, macs, own.peaks[contestant.precision])
+        ratios = _ratios(contestant, what, group, timed, task)
+        if why and not row["note"]:
+            row["note"] = _note_on_pieces(len(timed), [name for name, ratio in ratios.items() if ratio is None], why)
+        for name in task.against:
+            row |= spread_columns(f"speed_over_{name}", ratios.get(name))
+        if what == TRAINING:
+            row |= own.memory.get(contestant, {})
+        rows.append(row)
     return rows
 
 
-def _need(needs: Needs, contestant: Contestant) -> Need:
-    return needs[contestant.method, contestant.size, contestant.batch_size]
+def _ratios(contestant: Contestant, what: str, group: Group, timed: Sequence[Timed], task: Task) -> dict[str, Spread | None]:
+    """Over each baseline in the group; None where the two were not timed in the same rounds."""
+    ratios: dict[str, Spread | None] = {}
+    for name in task.against:
+        baseline = baseline_of(contestant, name)
+        if baseline and baseline in group.contestants:
+            both = next((piece.seconds[what] for piece in timed if {contestant, baseline} <= piece.seconds[what].keys()), None)
+            ratios[name] = speed_ratio(both[contestant], both[baseline]) if both else None
+    return ratios
+
+
+def _note_on_pieces(num_pieces: int, without: Sequence[str], why: str) -> str:
+    """What a reader of the row has to know of a group that did not fit; empty if nothing."""
+    parts = [f"not timed beside {', '.join(without)}"] * bool(without)
+    parts += [f"timed in {num_pieces} pieces, with the seconds of the first"] * (num_pieces > 1)
+    return f"{'; '.join(parts)}: {why}" if parts else ""
+
+
+def _count(counts: Counts, contestant: Contestant) -> Count:
+    return counts[contestant.method, contestant.size, contestant.batch_size]
 
 
 def _facts(contestant: Contestant) -> Row:
@@ -102,21 +166,6 @@ def _facts(contestant: Contestant) -> Row:
         "precision": contestant.precision,
         "compile": contestant.compiled,
     }
-
-
-def _speed(
-    contestant: Contestant, what: str, seconds: Mapping[Contestant, list[float]], task: Task, need: Need, peak: float
-) -> Row:
-    """What follows from the seconds of one thing that was timed."""
-    own = seconds.get(contestant, [])
-    row: Row = {"rounds": len(own), **spread_columns("step_seconds", spread_of(own) if own else None)}
-    if own:
-        row |= _rates(contestant, what, spread_of(own).median, task.setup, need.cost.forward_macs_per_image, peak)
-    for name in task.against:
-        baseline = baseline_of(contestant, name)
-        other = seconds.get(baseline) if baseline else None
-        row |= spread_columns(f"speed_over_{name}", speed_ratio(own, other) if own and other else None)
-    return row
 
 
 def _rates(contestant: Contestant, what: str, step_seconds: float, setup: Setup, macs: float, peak: float) -> Row:

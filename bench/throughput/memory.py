@@ -31,10 +31,10 @@ class Memory:
             return_freed_memory()
             self.before = _bytes_in(STATUS, "VmRSS") if _forget_peak() else math.nan
 
-    def expect(self, num_bytes: int) -> None:
+    def expect(self, num_bytes: float) -> None:
         """MemoryError where a CPU has not as much left: the system would end the process. A GPU says so itself."""
-        free = _bytes_in(MACHINE, "MemAvailable")
-        if self.device.type == "cpu" and num_bytes > free:
+        free = free_bytes(self.device)
+        if num_bytes > free:
             raise MemoryError(f"it needs about {num_bytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
 
     def peak_bytes(self) -> float:
@@ -42,6 +42,16 @@ class Memory:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) - self.before
         return _bytes_in(STATUS, "VmHWM") - self.before
+
+
+def free_bytes(device: torch.device) -> float:
+    """Before the system ends processes; of a GPU infinite, as it refuses what does not fit, and nothing is lost."""
+    if device.type != "cpu":
+        return math.inf
+    gc.collect()
+    return_freed_memory()
+    free = _bytes_in(MACHINE, "MemAvailable")
+    return math.inf if math.isnan(free) else free
 
 
 def return_freed_memory() -> None:

@@ -1,62 +1,22 @@
 """How fast is a part alone, beside the same in plain code?
 
 A part is made from a size ("S/2"), a batch size and a device, and gives two calls that compute the same: ours and the
-plain one. Those of the methods are handed in; the loader is here.
+plain one. Those of the methods are handed in; the loaders are in `bench.throughput.loaders`.
 """
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from bench.config import DataConfig
-from bench.data import load_data
 from bench.throughput.clock import speed_ratio, spread_of, synchroniser, time_in_turns, why_out_of_memory
-from bench.throughput.contest import CHANNELS, INPUT_SIZE, PLAIN, Setup
+from bench.throughput.contest import PLAIN, Setup
+from bench.throughput.loaders import LOADERS, Call
 from bench.throughput.measure import Row, spread_columns
 
-Call = Callable[[], object]
 Part = Callable[[str, int, torch.device], tuple[Call, Call]]
-
-NUM_FILES = 2048  # latents of the loader: 32 MB in float32
-LOADER = "loader"
-
-
-def loader(folder: Path) -> Part:
-    """A batch of latents gathered from one memory-mapped file, or from as many files of one image each."""
-
-    def make(size: str, batch_size: int, device: torch.device) -> tuple[Call, Call]:
-        latents, paths = write_latents(folder, NUM_FILES)
-        images = load_data(DataConfig(name="latents", path=str(folder))).train
-        source = torch.Generator().manual_seed(0)
-
-        def indices() -> Tensor:
-            return torch.randint(len(latents), (batch_size,), generator=source)
-
-        return lambda: images.batch(indices())[0], lambda: batch_of_files(paths, indices())
-
-    return make
-
-
-def write_latents(folder: Path, count: int) -> tuple[np.ndarray, list[Path]]:
-    """The same images in the form of `bench.data.latents`, and one by one."""
-    latents = np.random.default_rng(0).standard_normal((count, CHANNELS, INPUT_SIZE, INPUT_SIZE), dtype=np.float32)
-    labels = np.arange(count) % 10
-    for part in ("train", "heldout"):
-        np.save(folder / f"{part}_latents.npy", latents)
-        np.save(folder / f"{part}_labels.npy", labels)
-    paths = [folder / f"{index:06d}.npy" for index in range(count)]
-    for path, image in zip(paths, latents, strict=True):
-        np.save(path, image)
-    return latents, paths
-
-
-def batch_of_files(paths: Sequence[Path], indices: Tensor) -> Tensor:
-    return torch.stack([torch.from_numpy(np.load(paths[index])) for index in indices.tolist()])
 
 
 def measure_parts(
@@ -68,18 +28,16 @@ def measure_parts(
     repeats: int,
     least_seconds: float,
     watch: Callable[[str], None] = lambda what: None,
-) -> list[Row]:
+) -> Iterator[list[Row]]:
     """Two rows of each part: ours, with how many times as fast it is as the plain one, and the plain one."""
-    rows = []
     torch.set_num_threads(setup.threads)
     with tempfile.TemporaryDirectory() as folder:
-        known = {**parts, LOADER: loader(Path(folder))}
+        known = {**parts, **{name: make_loader(Path(folder)) for name, make_loader in LOADERS.items()}}
         for (name, make), size, batch_size, precision in product(known.items(), sizes, batches, precisions):
-            if name == LOADER and (size, precision) != (sizes[0], precisions[0]):
-                continue  # it depends on neither
+            if name in LOADERS and (size, precision) != (sizes[0], precisions[0]):
+                continue  # they depend on neither
             watch(f"timing {name}, {size}, batch {batch_size}, {precision}")
-            rows += _measure(name, make, size, batch_size, precision, setup, repeats, least_seconds)
-    return rows
+            yield _measure(name, make, size, batch_size, precision, setup, repeats, least_seconds)
 
 
 def _measure(

@@ -35,7 +35,7 @@ def profile_steps(run: Callable[[], object], device: torch.device, trace: Path) 
     activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]
     run()
     wait()
-    with profile(activities=activities) as profiler:
+    with profile(activities=activities, acc_events=True) as profiler:  # torch 2.11 warns that it forgets otherwise
         for _ in range(NUM_STEPS):
             run()
         wait()

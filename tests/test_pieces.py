@@ -1,0 +1,154 @@
+"""Does what is timed together fit into memory, and is each beside its baselines wherever the two fit?"""
+
+import math
+
+import pytest
+import torch
+from training import UNMEASURED
+
+from bench.throughput import measure
+from bench.throughput.clock import time_in_turns
+from bench.throughput.contest import Contestant, Group, Setup, contestants, groups_of
+from bench.throughput.entrant import LIBRARIES, Count, Entrant, Plain, count_of
+from bench.throughput.measure import SAMPLING, TRAINING, Task, measure_all
+from bench.throughput.memory import Memory, free_bytes
+from bench.throughput.pieces import Need, bytes_together, pieces
+from methods.naive import make_plain
+from methods.naive_updates import loop_updates
+
+SIZE = "2x16x2/8"
+PLAIN = Plain(make_plain, loop_updates)
+AGAINST = ("naive", "dense")
+
+
+def group() -> Group:
+    """dtr, dtr in plain code, and dense."""
+    (found,) = groups_of(contestants(["dtr"], [SIZE], [4], ["fp32"], "none"), AGAINST, together=False)
+    assert [name(each) for each in found.contestants] == ["dtr naive", "dtr", "dense"]
+    return found
+
+
+def name(contestant: Contestant) -> str:
+    return contestant.method + " naive" * contestant.plain
+
+
+def cut(needs: dict[str, Need], free: float) -> list[list[str]]:
+    """Of the group above, with 5% of what is free left alone."""
+    found = pieces(group().contestants, AGAINST, lambda each: needs[name(each)], free / 0.95)
+    return [[name(each) for each in piece] for piece in found]
+
+
+def test_only_one_runs_and_the_others_hold_their_states() -> None:
+    assert bytes_together([Need(10, 1), Need(4, 3), Need(6, 2)]) == 1 + 3 + 2 + 9
+    assert bytes_together([Need(10, 1)]) == 10 and bytes_together([]) == 0
+
+
+def test_all_are_together_if_they_fit() -> None:
+    needs = {"dtr naive": Need(10, 1), "dtr": Need(5, 1), "dense": Need(4, 1)}
+    assert cut(needs, 12.0) == [["dtr naive", "dtr", "dense"]]
+
+
+def test_else_one_is_beside_one_baseline_after_the_other() -> None:
+    needs = {"dtr naive": Need(10, 1), "dtr": Need(5, 1), "dense": Need(4, 1)}
+    assert cut(needs, 11.0) == [["dtr naive", "dtr"], ["dtr", "dense"]]
+
+
+def test_a_baseline_that_fits_alone_only_is_timed_alone() -> None:
+    needs = {"dtr naive": Need(10, 1), "dtr": Need(5, 1), "dense": Need(4, 1)}
+    assert cut(needs, 10.0) == [["dtr naive"], ["dtr", "dense"]]
+
+
+def test_what_fits_nowhere_is_by_itself_and_takes_nobody_with_it() -> None:
+    needs = {"dtr naive": Need(100, 1), "dtr": Need(5, 1), "dense": Need(4, 1)}
+    assert cut(needs, 10.0) == [["dtr naive"], ["dtr", "dense"]]
+    assert cut({who: Need(100, 1) for who in needs}, 10.0) == [["dtr naive"], ["dtr"], ["dense"]]
+
+
+# What is counted
+
+
+@pytest.mark.parametrize("method", ["dense", "dit_moe", "remix_dit"])
+def test_plain_code_needs_no_more_than_was_counted(method: str) -> None:
+    """Its attention weights, 2 blocks x 8 images x 4 heads x 256 x 256, are a third of the peak or more of dense."""
+    contestant, setup = Contestant(method, "2x64x4/2", 8, plain=True), Setup()
+    count = count_of(contestant, setup)
+    if math.isnan(Memory(torch.device("cpu")).peak_bytes()):
+        pytest.skip("this system does not let a process reset its peak")
+    peak = Entrant(contestant, setup, count, PLAIN).peak_memory_bytes
+    assert 2 * 8 * 4 * 256 * 256 * 4 < peak <= count.need.peak
+    assert count.need.peak <= 2 * peak + LIBRARIES + 64e6  # nor is it a figure that nothing exceeds
+
+
+def test_who_rests_holds_no_gradients() -> None:
+    entrant = Entrant(Contestant("dense", SIZE, 4), Setup(), Count(UNMEASURED, Need(0)), PLAIN)
+    parameters = list(entrant.trainer.method.parameters())
+    assert all(parameter.grad is None for parameter in parameters)
+    entrant.train()
+    assert any(parameter.grad is not None for parameter in parameters)
+    entrant.rest()
+    assert all(parameter.grad is None for parameter in parameters)
+
+
+def test_each_rests_after_its_own_turn() -> None:
+    log: list[str] = []
+    runs = {who: lambda who=who: log.append(who) for who in "ab"}  # type: ignore[misc]
+    time_in_turns(runs, 1, lambda: None, rest=lambda who: log.append(f"{who} rests"))
+    assert log == ["a", "a rests", "b", "b rests"] * 2
+
+
+def test_a_gpu_refuses_by_itself() -> None:
+    assert free_bytes(torch.device("cuda")) == float("inf")
+    assert free_bytes(torch.device("cpu")) > 0
+
+
+# Rows
+
+
+def rows_with(monkeypatch: pytest.MonkeyPatch, needs: dict[str, Need], free: float) -> dict[tuple[str, str], measure.Row]:
+    """Of the group above, counted and timed for real where `needs` allow it."""
+
+    def count(contestant: Contestant, setup: Setup) -> Count:
+        return Count(count_of(contestant, setup).cost, needs[contestant.method])
+
+    monkeypatch.setattr(measure, "count_of", count)
+    monkeypatch.setattr(measure, "free_bytes", lambda device: free)
+    monkeypatch.setattr("bench.throughput.memory.free_bytes", lambda device: free)
+    (rows,) = measure_all(contestants(["dtr"], [SIZE], [4], ["fp32"], "none"), Task(Setup(), PLAIN, AGAINST, 2))
+    assert len(rows) == 6
+    return {(row["what"], row["method"] + " naive" * (row["code"] == "naive")): row for row in rows}
+
+
+def test_a_group_in_pieces_has_all_ratios_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[str] = []
+    monkeypatch.setattr(
+        measure, "Entrant", lambda contestant, *others: built.append(name(contestant)) or Entrant(contestant, *others)
+    )
+    rows = rows_with(monkeypatch, {"dtr": Need(8e9, 1e9), "dense": Need(8e9, 1e9)}, 9.9e9)
+    assert built == ["dtr naive", "dtr", "dtr", "dense"]
+    for what in (TRAINING, SAMPLING):
+        assert rows[what, "dtr"]["speed_over_naive"] > 0 and rows[what, "dtr"]["speed_over_dense"] > 0
+        assert rows[what, "dtr"]["note"] == (
+            "timed in 2 pieces, with the seconds of the first: all together need about 10.0 GB, and 9.9 GB are free"
+        )
+        assert rows[what, "dense"]["note"] == "" and rows[what, "dense"]["step_seconds"] > 0
+
+
+def test_who_could_not_be_beside_a_baseline_has_no_ratio_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = rows_with(monkeypatch, {"dtr": Need(8e9, 1e9), "dense": Need(2e9, 5e8)}, 9e9)
+    own = rows[TRAINING, "dtr"]
+    assert own["step_seconds"] > 0 and own["speed_over_naive"] is None and own["speed_over_dense"] > 0
+    assert own["note"].startswith("not timed beside naive: all together need about")
+
+
+def test_what_could_not_be_timed_has_a_note_and_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = rows_with(monkeypatch, {"dtr": Need(10e9, 1e9), "dense": Need(2e9, 5e8)}, 9e9)
+    for what in (TRAINING, SAMPLING):
+        for who in ("dtr", "dtr naive"):
+            row = rows[what, who]
+            assert row["note"] == "out of memory: it needs about 10.0 GB, and 9.0 GB are free (beside 0 others)"
+            assert row["rounds"] == 0
+            numbers = [
+                value for key, value in row.items() if isinstance(value, int | float) and key not in ("batch_size", "rounds")
+            ]
+            assert numbers == []
+        assert rows[what, "dense"]["step_seconds"] > 0 and rows[what, "dense"]["note"] == ""
