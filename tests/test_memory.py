@@ -5,6 +5,7 @@ import torch
 from helpers import TINY, VARIANTS, batch, tiny
 from torch import Tensor
 
+from bench import switches
 from bench.memory import training_bytes
 from bench.method import Method
 
@@ -41,7 +42,8 @@ def test_the_estimate_is_what_a_real_step_holds(variant: str) -> None:
     for num_images in (3, 40):
         told = training_bytes(tiny(variant), IMAGE, num_images)
         last = len(tiny(variant).intervals) - 1
-        real, in_bf16 = (max(held_bytes(tiny(variant), num_images, i, bf16) for i in (0, last)) for bf16 in (False, True))
+        with switches.without("pieces"):  # which hold 1 to 3% less, on a CPU alone
+            real, in_bf16 = (max(held_bytes(tiny(variant), num_images, i, bf16) for i in (0, last)) for bf16 in (False, True))
         assert real <= told <= 1.02 * real and in_bf16 <= 1.03 * told
 
 
