@@ -68,15 +68,16 @@ class Bases(nn.Module):
         On a CPU a gradient that begins here is in memory that is kept: it holds until the next one begins.
         """
         of_mixing = torch.zeros_like(mixing)
-        for name, stacked, mixed in (("weight", self.weight, weight), ("bias", self.bias, bias)):
-            assert mixed.grad is not None
-            factors = mixing.view(-1, *[1] * mixed.dim())
-            if stacked.grad is None:
-                out = self.kept.like(f"gradient of {name}", stacked) if stacked.device.type == "cpu" else None
-                stacked.grad = torch.mul(factors, mixed.grad, out=out)
-            else:
-                stacked.grad.addcmul_(factors, mixed.grad)
-            of_mixing += stacked.flatten(1) @ mixed.grad.reshape(-1)
+        with without_autocast(self.weight.device.type):
+            for name, stacked, mixed in (("weight", self.weight, weight), ("bias", self.bias, bias)):
+                assert mixed.grad is not None
+                factors = mixing.view(-1, *[1] * mixed.dim())
+                if stacked.grad is None:
+                    out = self.kept.like(f"gradient of {name}", stacked) if stacked.device.type == "cpu" else None
+                    stacked.grad = torch.mul(factors, mixed.grad, out=out)
+                else:
+                    stacked.grad.addcmul_(factors, mixed.grad)
+                of_mixing += stacked.flatten(1) @ mixed.grad.reshape(-1)
         return of_mixing
 
 

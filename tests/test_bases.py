@@ -119,3 +119,20 @@ def test_mixing_for_a_step_is_mixing():
     assert_close(expected_weight, torch.einsum("k,koi->oi", mixing, bases.weight))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(bases.mix_for_step(mixing)[0], expected_weight)
+
+
+def test_gradients_spread_in_float32_under_autocast_too():
+    torch.manual_seed(0)
+    gradients = []
+    for enabled in (False, True):
+        bases = Bases(3, 8, 5)
+        torch.manual_seed(1)
+        bases.initialise()
+        mixing = torch.tensor([0.2, 0.3, 0.5])
+        pair = bases.mix_for_step(mixing)
+        for p in pair:
+            p.grad = torch.linspace(-1, 1, p.numel()).view_as(p)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            of_mixing = bases.spread(mixing, *pair)
+        gradients.append((of_mixing, bases.weight.grad, bases.bias.grad))
+    assert all(torch.equal(one, other) and one.abs().sum() > 0 for one, other in zip(*gradients, strict=True))
