@@ -32,6 +32,7 @@ SIZES = {  # letter: (depth, width, heads); section 3.3 and, for G, arXiv 2407.1
 }
 
 Linear = Callable[[Tensor], Tensor]
+PIECE_BYTES = 24 << 20  # of a CPU: glibc hands blocks of 32 MiB and more back at once, and every new one faults in page by page
 
 
 @dataclass(frozen=True)
@@ -133,11 +134,23 @@ def attend(x: Tensor, qkv: Linear, proj: Linear, num_heads: int) -> Tensor:
     """Self-attention over tokens (B, N, D) with the given linears; no mask, no dropout, no qk-norm."""
     B, N, D = x.shape
     q, k, v = qkv(x).reshape(B, N, 3, num_heads, D // num_heads).permute(2, 0, 3, 1, 4)  # each (B, heads, N, D/heads)
-    if switches.is_on("attention"):
-        attended = F.scaled_dot_product_attention(q, k, v)
-    else:
-        attended = (q @ k.transpose(-2, -1) / math.sqrt(D // num_heads)).softmax(dim=-1) @ v
-    return proj(attended.transpose(1, 2).reshape(B, N, D))
+    return proj(attention(q, k, v).transpose(1, 2).reshape(B, N, D))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Each (B, heads, N, D/heads), and so is what comes out."""
+    if not switches.is_on("attention"):
+        return weigh(q, k, v)
+    trains = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if trains and q.device.type == "cpu" and q.dtype == torch.bfloat16:  # where the fused kernel is slow backward
+        num_images = max(1, PIECE_BYTES // (q.shape[1] * q.shape[2] ** 2 * q.element_size()))  # by its weights, (heads, N, N)
+        return torch.cat([weigh(*part) for part in zip(*(x.split(num_images) for x in (q, k, v)), strict=True)])
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def weigh(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The values, weighed by the softmax of the scaled products: attention in plain code."""
+    return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1) @ v
 
 
 class MLP(nn.Module):

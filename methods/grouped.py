@@ -20,8 +20,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from bench import switches
-
-PIECE_BYTES = 24 << 20  # glibc hands blocks of 32 MiB and more back at once, and every new one faults in page by page
+from methods.backbone import PIECE_BYTES
 
 
 def build_groups(dtype: torch.dtype) -> bool:

@@ -83,8 +83,8 @@ class SwitchBlock(nn.Module):
     def forward(self, tokens: Tensor, condition: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
         """tokens (B, N, D), condition and time (B, D) -> tokens and the gate's probabilities (B, M)."""
         probabilities, gates = self.gate(time)
-        mask = self.mask(tokens, gates)
-        return self.block(mask * tokens, condition) + (1 - mask) * tokens, probabilities
+        masked = self.mask(tokens, gates) * tokens
+        return self.block(masked, condition) + (tokens - masked), probabilities
 
     def mask(self, tokens: Tensor, gates: Tensor) -> Tensor:
         """(B, N, D): one plus the gated sum of the experts, as one linear per sample."""
@@ -93,8 +93,8 @@ class SwitchBlock(nn.Module):
             of_experts = [tokens @ w.to(tokens.dtype) + b for w, b in zip(self.expert_weight, self.expert_bias, strict=True)]
             return 1 + (torch.stack(of_experts, dim=-1) * gates[:, None, None, :].to(tokens.dtype)).sum(dim=-1)
         weight = (gates @ self.expert_weight.flatten(1)).view(-1, width, width)  # (B, in, out)
-        bias = gates @ self.expert_bias  # (B, D)
-        return 1 + torch.bmm(tokens, weight.to(tokens.dtype)) + bias.unsqueeze(1).to(tokens.dtype)
+        bias = 1 + gates @ self.expert_bias  # (B, D)
+        return torch.baddbmm(bias.unsqueeze(1).to(tokens.dtype), tokens, weight.to(tokens.dtype))
 
 
 class SwitchDiT(Method):
