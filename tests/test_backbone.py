@@ -10,7 +10,8 @@ from timm.layers import Mlp
 from timm.models.vision_transformer import Attention
 
 from bench.diffusion import guide
-from methods.backbone import SIZES, Block, DiT, Shape, TimestepEmbedding, modulate, sincos_positions
+from methods import backbone
+from methods.backbone import SIZES, Block, DiT, Shape, TimestepEmbedding, attention, modulate, sincos_positions, weigh
 
 SMALL = Shape(depth=2, width=48, num_heads=4, patch_size=2, input_size=8, channels=4, num_classes=10)
 
@@ -77,6 +78,25 @@ def test_block_equals_one_made_of_timm_modules():
     expected = tokens + gate_a * attention(modulate(F.layer_norm(tokens, (48,), eps=1e-6), shift_a, scale_a))
     expected = expected + gate_m * mlp(modulate(F.layer_norm(expected, (48,), eps=1e-6), shift_m, scale_m))
     assert_close(block(tokens, condition), expected, 1e-6)
+
+
+@pytest.mark.parametrize("images_in_a_piece", [0, 2, 9])
+def test_attention_trains_in_pieces_in_bf16_on_a_cpu(images_in_a_piece, monkeypatch):
+    """The same bits as all at once; sampling and float32 have the fused kernel."""
+    torch.manual_seed(0)
+    qkv = torch.randn(3, 5, 2, 7, 4, dtype=torch.bfloat16, requires_grad=True)
+    fused = []
+    monkeypatch.setattr(backbone, "PIECE_BYTES", images_in_a_piece * 2 * 7 * 7 * 2)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v: fused.append(q.dtype) or weigh(q, k, v))
+    upstream = torch.randn(5, 2, 7, 4).bfloat16()
+    in_pieces, whole = attention(*qkv), weigh(*qkv)
+    assert not fused and torch.equal(in_pieces, whole) and whole.std() > 0.1
+    gradients = [torch.autograd.grad(output, qkv, upstream)[0] for output in (in_pieces, whole)]
+    assert torch.equal(*gradients) and gradients[0].std() > 0.1
+    with torch.no_grad():
+        attention(*qkv)
+    attention(*qkv.float())
+    assert fused == [torch.bfloat16, torch.float32]
 
 
 def test_initial_block_is_the_identity_and_the_initial_network_gives_zero():
