@@ -4,14 +4,13 @@ On a GPU, what PyTorch's allocator gave out. On a CPU, by how much the resident 
 earlier contestants gave back to the process, but not to the system, is used again and not seen.
 """
 
+import ctypes
 import gc
 import math
 import re
 from pathlib import Path
 
 import torch
-
-from bench.allocator import return_freed_memory
 
 STATUS, CLEAR, MACHINE = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/meminfo")
 
@@ -53,6 +52,13 @@ def free_bytes(device: torch.device) -> float:
     return_freed_memory()
     free = _bytes_in(MACHINE, "MemAvailable")
     return math.inf if math.isnan(free) else free
+
+
+def return_freed_memory() -> None:
+    """Give the system back what the C library keeps for later, where it can."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
 
 
 def _forget_peak() -> bool:
