@@ -205,6 +205,7 @@ def fill(path: Path) -> None:
             file.write(bytes(4096))
 
 
+@pytest.mark.slow
 def test_the_restart_limit_counts_only_starts_without_progress(tiny_suite: TinySuite) -> None:
     """Two runs are killed again and again: one before it saves anything, the other after each of its checkpoints."""
     often = {**REMIX, "system": {"checkpoint_every": 20}}

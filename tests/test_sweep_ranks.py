@@ -65,6 +65,7 @@ def trained_by_local_ranks(like: Path, place: Path, size: int) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_ranks_on_two_nodes_are_warned_and_then_one_is_killed(tiny_suite: TinySuite) -> None:
     """It goes on from where all ranks were: first as the same job, then as another one on other nodes."""
     tiny_suite.write(REMIX, **MIDDLE)
