@@ -1,5 +1,7 @@
 """Is it written down which code, in which job, on which device made a number?"""
 
+import json
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -107,6 +109,22 @@ def test_a_snapshot_says_from_what_it_was_taken(tree: Path) -> None:
     assert version_of(tree) == {"commit": "c0ffee", "dirty": True, "diff": "+1\n"}
     found = provenance("cpu", 1, 1)
     assert (found["snapshot"], found["commit"], found["dirty"], found["diff"]) == ("5a5a", "c0ffee", True, "+1\n")
+
+
+def test_a_job_starts_no_program_to_describe_itself(tree: Path) -> None:
+    """A cluster that samples memory would count the job's own once more for as long as it takes to start one."""
+    (tree / "snapshot.json").write_text(json.dumps({"hash": "a", "commit": None, "dirty": None, "diff": None}))
+    script = f"""
+import sys
+from pathlib import Path
+from bench import provenance as module
+
+sys.addaudithook(lambda event, _: event != "subprocess.Popen" or sys.exit("starts a program"))
+module.ROOT = Path({str(tree)!r})
+assert module.provenance("cpu", 1, 1)["platform"] == {platform.platform()!r}
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_job_is_written_down(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
