@@ -11,15 +11,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from bench.arrays import Diagnostic
 from bench.arrays import read_diagnostics as read_diagnostics
 from bench.arrays import read_samples as read_samples
 from bench.config import ONLY_WHEN_SET, RUN, content_hash, scientific_part
 from bench.files import read_json, read_text, read_yaml
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 STATES = ("planned", "running", "failed", "diverged", "done")
 HEARTBEAT_FRESH_SECONDS = 300.0
@@ -75,7 +76,7 @@ class Run:
         return read_json(self.path / "provenance.json", dict)
 
     @cached_property
-    def metrics(self) -> pd.DataFrame:
+    def metrics(self) -> "pd.DataFrame":
         return read_metrics(self.path)
 
     @cached_property
@@ -211,8 +212,10 @@ def expert_states(path: Path, now: float | None = None) -> dict[int, str]:
     return {index: run_state(place, now) for index, place in expert_folders(path).items()}
 
 
-def read_metrics(path: Path) -> pd.DataFrame:
+def read_metrics(path: Path) -> "pd.DataFrame":
     """All rows of a run's `metrics.jsonl`, in order; empty if nothing is logged yet."""
+    import pandas as pd  # here: a job that trains has no use for it
+
     return pd.DataFrame(read_metric_rows(path))
 
 

@@ -34,7 +34,7 @@ def test_the_plan_of_the_demo_on_a_laptop(tmp_path: Path, monkeypatch: pytest.Mo
     lines = script.splitlines()
     results = tmp_path / "results"
     for option in (
-        *("array=0-5%4", "cpus-per-task=1", "mem=1536MB", "nodes=1", "ntasks-per-node=1", "partition=main", "time=20"),
+        *("array=0-5%4", "cpus-per-task=1", "mem=2560MB", "nodes=1", "ntasks-per-node=1", "partition=main", "time=20"),
         *("requeue", "signal=USR2@30", "open-mode=append", "job-name=tsbench-TOKEN"),
         f"output={results}/jobs/demo/%A_%a_0_log.out",
     ):
@@ -118,6 +118,26 @@ def test_what_is_not_possible_is_one_sentence_and_writes_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["suite.yaml"]
 
 
+@pytest.mark.parametrize("command", [("sweep", "--cluster", "slurm", "--dry-run"), ("status",), ("cancel",), ("logs",), ("collect",)])
+def test_a_folder_of_runs_that_is_a_file_is_named(command: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("mine")
+    assert_refused(tsbench(*command, "demo", "--runs", tmp_path / "runs"), f"--runs is {tmp_path / 'runs'}, which is a file")
+
+
+def test_budgets_are_compared_in_every_group_of_a_run(tmp_path: Path) -> None:
+    """One that is in two groups is one run, and refused in the first although it fits into the second."""
+    longer = {**TWO[1], "budget": {"amount": 128}}
+    suite = tmp_path / "suite.yaml"
+    groups = {"one": {"methods": [TWO[0], longer]}, "two": {"methods": [TWO[0], {"method": "dit_moe"}]}}
+    suite.write_text(yaml.safe_dump({"base": BASE, "groups": groups}))
+    words = ("the budgets of group one are not equal within 1%", "(Dense) has 64 images", "(Masked) has 128 images")
+    for more in ((), ("--dry-run",)):
+        assert_refused(sweep(suite, tmp_path / "runs", *more), *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["suite.yaml"]
+    plan = sweep(suite, tmp_path / "runs", "--dry-run", "budget.amount=64")
+    assert plan.out.startswith("3 runs; to start: 3,") and plan.out.count(" Dense ") == 1
+
+
 @pytest.mark.parametrize("command", ["sweep", "status", "cancel", "logs"])
 def test_help_tells_a_newcomer_what_to_type(command: str) -> None:
     outcome = tsbench(command, "--help")
@@ -192,14 +212,16 @@ def test_only_what_is_asked_for(swept: Path) -> None:
     make_stale(stale)
     (failed / "done").unlink()
     write_json_atomically(failed / "failure.json", {"state": "failed", "cause": "no luck"})
-    for only, reasons in (
-        ([], ["stale (start it over with --only stale)", "failed (see `tsbench status`)"]),
-        (["planned", "failed", "stale"], []),
-        (["stale"], ["not asked for", "not asked for"]),
-    ):
-        plan = sweep(suite, runs, "--dry-run", *(["--only", *only] if only else []))
-        assert f"to start: {3 - len(reasons)}," in plan.out, only
-        assert all(f": {reason}\n" in plan.out for reason in reasons)
+    plan = sweep(suite, runs, "--dry-run")
+    assert "to start: 1," in plan.out
+    for run, reason in ((stale, "stale (start it over with --only stale)"), (failed, "failed (see `tsbench status`)")):
+        assert f"\n{run.name}: {reason}\n" in plan.out
+    (planned,) = re.findall(r"^(\S+) +New ", plan.out, re.MULTILINE)
+    by_word = {"planned": planned, "failed": failed.name, "stale": stale.name}
+    for only in (["planned"], ["failed"], ["stale"], ["stale", "planned"], [*by_word]):
+        plan = sweep(suite, runs, "--dry-run", "--only", *only)
+        left = {run_id for word, run_id in by_word.items() if word not in only}
+        assert f"to start: {len(only)}," in plan.out and {*re.findall(r"^(\S+): not asked for$", plan.out, re.MULTILINE)} == left
     outcome = sweep(suite, runs, "--only", "stale")
     assert outcome.code == 0 and outcome.out.startswith("2 of 3 runs: not asked for\n")
     assert row_of(outcome, stale).split()[:2] == ["Dense", "done"]
