@@ -230,7 +230,10 @@ def run_train(parsed: argparse.Namespace) -> int:
         folder = Path(source)
         config = job.read_config(folder, settings)
     else:
-        config = job.make_config(read_yaml(Path(source)) if source is not None else {}, settings)
+        tree = read_yaml(Path(source)) if source is not None else {}
+        if source is not None and not tree:
+            raise ValueError(f"{source} holds no settings: give some, or leave it out to train with the defaults")
+        config = job.make_config(tree, settings)
         folder = parsed.runs / config.run_id
     stop = StopFlag()
     if parsed.may_listen:

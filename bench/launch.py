@@ -18,6 +18,7 @@ from slurm import queue
 from slurm.local import run_side_by_side
 from slurm.profile import Profile
 from slurm.snapshot import take_snapshot
+from slurm.states import changed_files
 from slurm.submit import adopt_orphans, batch_script
 from slurm.sweep import Choice, Statuses, Sweep, jobs_of, left_to_do, make_ready, start_on_slurm, wait
 
@@ -41,13 +42,19 @@ class Launch:
     def make_ready(self, choice: Choice, statuses: Statuses) -> Path:
         """Run folders with their configurations, and a snapshot of the code; its folder."""
         configs = {each.config.run_id: each.config for each in self.planned}
-        make_ready(choice.start, statuses, lambda item: job.place_config(configs[item.run_id], item.folder), set_aside)
+        make_ready(choice.start, statuses, lambda item: job.place_config(configs[item.run_id], item.folder), self._set_aside)
         return take_snapshot(ROOT, self.results / "code")
 
-    def batch_script(self, choice: Choice) -> str:
-        """As it would be handed to Slurm, for the first array."""
-        count = min(sum(len(left_to_do(item)) for item in choice.start), self.profile.max_array_elements)
-        return batch_script(self.profile, "tsbench-TOKEN", self.logs, self.results / "code" / "CODE-HASH", count)
+    def _set_aside(self, folder: Path) -> None:
+        """Unless another launch has done so since we looked: what is there now may be its new run."""
+        if changed_files(folder, self.sweep.difference):
+            set_aside(folder)
+
+    def first_batch_script(self, choice: Choice) -> tuple[str, int]:
+        """Of the first array as it would be handed to Slurm, and how many arrays there are."""
+        num_jobs, most = sum(len(left_to_do(item)) for item in choice.start), self.profile.max_array_elements
+        snapshot = self.results / "code" / "CODE-HASH"
+        return batch_script(self.profile, "tsbench-TOKEN", self.logs, snapshot, min(num_jobs, most)), -(-num_jobs // most)
 
     def on_slurm(self, choice: Choice, statuses: Statuses, stay: bool) -> int:
         """Submit, and end or `stay` until nothing is left to do; the exit code."""

@@ -35,11 +35,6 @@ class Memory:
         return sum(astuple(self))
 
 
-def training_bytes(method: Method, image_shape: tuple[int, int, int], num_images: int) -> int:
-    """Of one rank that holds everything, with micro-batches of `num_images` (C, H, W) and an average."""
-    return training_memory(method, image_shape, num_images).total
-
-
 def training_memory(
     method: Method,
     image_shape: tuple[int, int, int],

@@ -62,13 +62,14 @@ class PlannedRun:
 
 
 def plan_runs(runs: Iterable[SuiteRun], world_size: int = 1, only_look: bool = False) -> list[PlannedRun]:
-    """In order. ValueError in one sentence for a run that is not possible, or budgets that are not equal.
+    """In order, each once, also one that is in two groups. ValueError in one sentence for a run that is not possible, or budgets
+    that are not equal.
 
     `only_look`: files that are not here are named in the plan, instead of being a reason to refuse it.
     """
     planned = [_plan(run, world_size, only_look) for run in runs]
     check_equal(planned)
-    return planned
+    return list({each.config.run_id: each for each in planned}.values())
 
 
 def check_equal(planned: list[PlannedRun]) -> None:

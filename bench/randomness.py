@@ -2,9 +2,9 @@
 
 Every random number comes from a generator seeded by (seed, purpose, place): the place is the optimiser step or a
 block of sample indices, never a rank or a device. All of a step is drawn for the GLOBAL batch, on the CPU; a rank
-takes its slice. A step trains one expert, and which one follows from the step (`bench.intervals.interval_at_step`),
-so the k-th step names the expert and that expert's own step: an expert trained in a job of its own draws the same
-numbers. At equal batch sizes all methods see the same images, noise, dropped labels and relative timesteps at step k.
+takes its slice. Which interval a step trains (or which several, each on a part of its rows: `bench.shares`) follows from
+the step (`bench.intervals.interval_at_step`): an expert trained in a job of its own draws the same numbers. At equal
+batch sizes all methods see the same images, noise, dropped labels and relative timesteps at step k.
 """
 
 import hashlib
@@ -62,7 +62,9 @@ def generator(seed: int, *place: object) -> torch.Generator:
 def draw_batch(
     step: int, interval: Interval, config: RunConfig, data: DataSource, progress: float, rows: slice = slice(None)
 ) -> Batch:
-    """Rows of the global batch of optimiser step `step` (from 0), by default all. Only their images are read."""
+    """Rows of the global batch of optimiser step `step` (from 0), by default all, as of this interval. Only their images are
+    read.
+    """
     count, seed = config.train.batch_size, config.seed
     x0, y = data.train.batch(image_indices(step, count, len(data.train), seed)[rows])
     device = x0.device  # of images that are kept there

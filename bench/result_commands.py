@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from bench.sweeps import RUNS, is_suite
+from bench.sweeps import RUNS, check_folder, is_suite
 
 if TYPE_CHECKING:  # imports are made where they are needed, so that help and refusals come at once
     from bench.config import RunConfig
@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # imports are made where they are needed, so that help and re
     from bench.tidy import Results
 
 RESULTS = Path("results")
+SUITE = "demo"  # of a folder that was given none
 
 
 def add_parsers(commands: Any) -> None:
@@ -48,7 +49,7 @@ def add_parsers(commands: Any) -> None:
             command.set_defaults(out=None)
         else:
             command.add_argument("--out", type=Path, help="where a suite's results go (default results/SUITE)")
-        command.add_argument("--suite", default="demo", help="of a folder: what gives title, labels and colours (default demo)")
+        command.add_argument("--suite", help=f"of a folder: what gives title, labels and colours (default {SUITE})")
         command.add_argument("--protocol", default="", metavar="HASH", help="which scores, of runs that were scored by several")
         if run in (run_tables, run_report, run_explain):
             command.add_argument("--allow", default="", metavar="WHAT", help="show all the same: protocols,incomplete,n,budgets")
@@ -87,10 +88,15 @@ def find_target(parsed: argparse.Namespace) -> Target:
             if getattr(parsed, option) is not None:
                 raise ValueError(f"--{option} is for a suite, but {folder} is a folder, which has its own: leave it out")
         _check_protocol(parsed.protocol, find_runs(folder))
-        return Target(folder, load_suite(parsed.suite), None, {})
+        return Target(folder, load_suite(parsed.suite or SUITE), None, {})
+    if parsed.suite is not None:
+        raise ValueError(
+            f"--suite is for a folder, but {parsed.target} is a suite, which has its own title and labels: leave it out"
+        )
     suite = load_suite(parsed.target)
     configs = _configs_of(suite, parsed.settings)
     root = parsed.runs or RUNS
+    check_folder(root)
     begun = [Run(root / run_id, parsed.protocol) for run_id in configs if (root / run_id / "config.yaml").is_file()]
     _check_protocol(parsed.protocol, begun)
     return Target(parsed.out or RESULTS / str(suite["name"]), suite, begun, configs)
@@ -199,7 +205,7 @@ def run_report(parsed: argparse.Namespace) -> int:
     results = _results(target, parsed)
     made = tables.comparisons(results.frame, target.suite, parsed.protocol, allow)  # or a refusal, before anything is drawn
     runs = target.runs or find_runs(target.folder, parsed.protocol)
-    given = {"suite": parsed.suite if target.runs is None else "", "protocol": parsed.protocol, "allow": parsed.allow}
+    given = {"suite": (parsed.suite or SUITE) if target.runs is None else "", "protocol": parsed.protocol, "allow": parsed.allow}
     material = report.Material(
         target=parsed.target,
         is_suite=target.runs is not None,
@@ -260,7 +266,7 @@ def _published_table(parsed: argparse.Namespace) -> int:
     from bench.published import published_table, to_rich, write_published
     from bench.runs import find_runs
 
-    for option in ("check", "pictures", "allow"):
+    for option in ("check", "pictures", "allow", "suite"):
         if getattr(parsed, option):
             raise ValueError(f"--{option} is for tables of our own runs: leave it out for {parsed.target}")
     if parsed.runs is None:

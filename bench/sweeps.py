@@ -110,8 +110,9 @@ def run_sweep(parsed: argparse.Namespace) -> int:
     if parsed.dry_run:
         launch.console.print(plan_table(planned, statuses, choice, profile))
         if on_slurm and choice.start:
-            print("\nThe batch script (TOKEN and CODE-HASH are filled in when it is submitted):\n")
-            print(launch.batch_script(choice), end="")
+            script, num_arrays = launch.first_batch_script(choice)
+            of = f" of the first of {num_arrays} arrays" if num_arrays > 1 else ""
+            print(f"\nThe batch script{of} (TOKEN and CODE-HASH are filled in when it is submitted):\n\n{script}", end="")
         return 0
     for reason, count in Counter(choice.reasons.values()).items():
         launch.console.print(f"{count} of {len(sweep.items)} runs: {reason}", highlight=False)
@@ -189,12 +190,15 @@ def run_cancel(parsed: argparse.Namespace) -> int:
 
 
 def make_sweep(name: str, settings: list[str], runs_folder: Path) -> "tuple[list[SuiteRun], Sweep]":
-    """The runs of a suite, each once, as the launcher sees them; ValueError in one sentence if one cannot be."""
+    """The runs of a suite in each of their groups, and each once as the launcher sees it; ValueError in one sentence if one
+    cannot be."""
     from bench import job
     from bench.suite import load_suite, suite_runs
     from slurm.sweep import Item, Sweep
 
-    runs = {run.config.run_id: run for run in suite_runs(load_suite(name), settings, job.make_config)}
+    check_folder(runs_folder)
+    in_groups = suite_runs(load_suite(name), settings, job.make_config)
+    runs = {run.config.run_id: run for run in in_groups}
     items = [
         Item(
             run_id=run_id,
@@ -208,7 +212,13 @@ def make_sweep(name: str, settings: list[str], runs_folder: Path) -> "tuple[list
         )
         for run_id, run in runs.items()
     ]
-    return list(runs.values()), Sweep(items, job.difference_of)
+    return in_groups, Sweep(items, job.difference_of)
+
+
+def check_folder(runs_folder: Path) -> None:
+    """Nothing is there yet, or a folder."""
+    if runs_folder.exists() and not runs_folder.is_dir():
+        raise ValueError(f"--runs is {runs_folder}, which is a file: give a folder")
 
 
 def is_suite(name: str) -> bool:
@@ -219,9 +229,10 @@ def is_suite(name: str) -> bool:
 
 def find_run(runs_folder: Path, name: str, also: str = "") -> Path:
     """A run's folder, by path, id or the beginning of its id. `also`: what else the user could have given."""
-    if (Path(name) / "config.yaml").is_file():
+    check_folder(runs_folder)
+    if name and (Path(name) / "config.yaml").is_file():
         return Path(name).absolute()
-    found = sorted(path.parent for path in runs_folder.glob(f"{glob.escape(name)}*/config.yaml"))
+    found = sorted(path.parent for path in runs_folder.glob(f"{glob.escape(name)}*/config.yaml")) if name else []
     if len(found) != 1:
         some = f" ({', '.join(path.name for path in found[:3])})" if found else ""
         raise ValueError(

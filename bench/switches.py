@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 SWITCHES = {
-    "attention": "one fused kernel; plain: two matrix products around a softmax",
+    "attention": "one fused kernel (in bf16 training on a CPU: in pieces); plain: two matrix products around a softmax",
     "optimizer": "AdamW as one fused kernel; plain: parameter after parameter",
     "ema": "the average of all parameters in one call; plain: parameter after parameter",
     "grouped": "experts as grouped matrix products; plain: expert after expert on its slice of the sorted rows",

@@ -154,7 +154,7 @@ def in_pieces(run: Callable[[Tensor], Tensor], rows: Tensor, weight: Tensor) -> 
     """`run(rows)`, whose hidden layer is that of `weight` (hidden, in); without gradients on a CPU piece after piece."""
     if torch.is_grad_enabled() or not runs_in_pieces(rows):
         return run(rows)
-    return torch.cat([run(piece) for piece in rows.split(rows_in_a_piece(in_autocast(rows), weight))])
+    return torch.cat([run(piece) for piece in rows.split(rows_in_a_piece(in_autocast(rows[:1]), weight))])
 
 
 def rows_in_a_piece(rows: Tensor, weight: Tensor) -> int:

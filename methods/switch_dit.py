@@ -83,17 +83,20 @@ class SwitchBlock(nn.Module):
     def forward(self, tokens: Tensor, condition: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
         """tokens (B, N, D), condition and time (B, D) -> tokens and the gate's probabilities (B, M)."""
         probabilities, gates = self.gate(time)
-        masked = self.mask(tokens, gates) * tokens
-        return self.block(masked, condition) + (tokens - masked), probabilities
+        change = self.deviation(tokens, gates) * tokens  # the mask times the tokens, less the tokens
+        return self.block(tokens + change, condition) - change, probabilities
 
-    def mask(self, tokens: Tensor, gates: Tensor) -> Tensor:
-        """(B, N, D): one plus the gated sum of the experts, as one linear per sample."""
+    def deviation(self, tokens: Tensor, gates: Tensor) -> Tensor:
+        """(B, N, D): the mask less one, that is the gated sum of the experts, as one linear per sample.
+
+        The one is left out because bfloat16 knows no number between 1 and 1.0078: a mask that has just begun to learn would be 1.
+        """
         width = tokens.shape[-1]
         if not switches.is_on("masks"):
             of_experts = [tokens @ w.to(tokens.dtype) + b for w, b in zip(self.expert_weight, self.expert_bias, strict=True)]
-            return 1 + (torch.stack(of_experts, dim=-1) * gates[:, None, None, :].to(tokens.dtype)).sum(dim=-1)
+            return (torch.stack(of_experts, dim=-1) * gates[:, None, None, :].to(tokens.dtype)).sum(dim=-1)
         weight = (gates @ self.expert_weight.flatten(1)).view(-1, width, width)  # (B, in, out)
-        bias = 1 + gates @ self.expert_bias  # (B, D)
+        bias = gates @ self.expert_bias  # (B, D)
         return torch.baddbmm(bias.unsqueeze(1).to(tokens.dtype), tokens, weight.to(tokens.dtype))
 
 

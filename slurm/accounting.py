@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from slurm.commands import ask, call, records, to_seconds, to_time, why
+from slurm.commands import OUR_JOBS, ask, call, records, to_seconds, to_time, why
 
 ACCOUNTED = (
     *("JobID", "State", "ExitCode", "NodeList", "ElapsedRaw", "TimelimitRaw", "ReqMem", "NNodes", "MaxRSS", "Start", "End"),
@@ -83,7 +83,7 @@ def recently_ended(jobs: Iterable[str]) -> dict[str, EndedJob]:
     """The same, as the controller remembers it: for some minutes (MinJobAge), and without steps, memory and earlier attempts."""
     wanted = expand(jobs)
     fields = ",".join(f"{name}:|" for name in REMEMBERED)
-    printed = ask("squeue", "--me", "--array", "--states=all", "--noheader", f"--Format={fields}")
+    printed = ask(*OUR_JOBS, "--array", "--states=all", "--noheader", f"--Format={fields}")
     found = {ended.job_id: ended for ended in parse_remembered(printed) if ended.state not in NOT_OVER}
     return {job: ended for job, ended in found.items() if job in wanted or job.partition("_")[0] in wanted}
 

@@ -10,6 +10,7 @@ PATIENCE_SECONDS = 60.0  # a controller that restarts is back within that
 PAUSE_SECONDS = 1.0
 CALL_SECONDS = 30.0  # of one call; squeue itself tries for 9 s to reach a controller that is down
 NOT_FOUND, TOO_LONG = 127, 124  # exit statuses, as shells have them
+OUR_JOBS = ("squeue", "--me", "--all")  # also in partitions that are hidden: there they would seem to have left the queue
 ANOTHER_VIEW = ("SQUEUE_", "SACCT_", "SCANCEL_")  # a user's own filters and formats, which would change the answers
 
 

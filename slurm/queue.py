@@ -16,7 +16,7 @@ from slurm.accounting import ended_jobs as ended_jobs
 from slurm.accounting import recently_ended as recently_ended
 from slurm.cause import Cause as Cause
 from slurm.cause import cause as cause
-from slurm.commands import PATIENCE_SECONDS, PAUSE_SECONDS, ask, call, records, to_seconds, to_time, why
+from slurm.commands import OUR_JOBS, PATIENCE_SECONDS, PAUSE_SECONDS, ask, call, records, to_seconds, to_time, why
 from slurm.commands import ClusterUnreachable as ClusterUnreachable
 
 COMMANDS = ("sbatch", "squeue", "sacct", "scontrol", "scancel")
@@ -68,7 +68,7 @@ class LiveJob:
 def live_jobs(names: Iterable[str] | None = None, patience_seconds: float = PATIENCE_SECONDS) -> dict[str, LiveJob]:
     """All jobs of this user, or those with these names, by id. ClusterUnreachable after that long without an answer."""
     fields = ",".join(f"{name}:|" for name in LIVE_FIELDS)
-    printed = ask("squeue", "--me", "--array", "--noheader", f"--Format={fields}", patience_seconds=patience_seconds)
+    printed = ask(*OUR_JOBS, "--array", "--noheader", f"--Format={fields}", patience_seconds=patience_seconds)
     wanted = None if names is None else set(names)
     jobs = parse_live(printed)
     return {job_id: job for job_id, job in jobs.items() if wanted is None or job.name in wanted}
@@ -101,7 +101,7 @@ def job_is_being_ended(job: str, patience_seconds: float = PATIENCE_SECONDS) -> 
     True where it is cancelled, or Slurm queues it again by itself: then it must not ask for that too. False in a preemption's
     grace time, and before a time limit: then nobody queues it again unless it asks.
     """
-    running = ask("squeue", "--me", "--states=RUNNING", "--noheader", "--format=%A %i", patience_seconds=patience_seconds)
+    running = ask(*OUR_JOBS, "--states=RUNNING", "--noheader", "--format=%A %i", patience_seconds=patience_seconds)
     return job not in running.split()
 
 

@@ -108,8 +108,7 @@ def status_of(
     `evaluation`: settings under which it has to be scored to be done; by default any.
     """
     run = Run(works[0].run_folder)
-    places = [run.path, *expert_folders(run.path).values()]
-    changed = tuple(dict.fromkeys(file for place in places for file in difference(Run(place))))
+    changed = changed_files(run.path, difference)
     fraction = fraction_of(run.path, budget)
     is_made = (run.path / "done").exists()
     if is_made and (changed or run.is_scored_under(evaluation or {})):
@@ -135,6 +134,12 @@ def status_of(
         return Status("planned", "trained; to be scored under these settings", fraction)
     told = next((status for status in each if status.detail), Status("planned", _begun(fraction)))
     return Status("planned", told.detail, fraction, kind=told.kind)
+
+
+def changed_files(folder: Path, difference: CodeDifference) -> tuple[str, ...]:
+    """In which the code that a run, or an expert of it, was made by differs from this one."""
+    places = [folder, *expert_folders(folder).values()]
+    return tuple(dict.fromkeys(file for place in places for file in difference(Run(place))))
 
 
 def work_status(work: Work, known: Known) -> Status:

@@ -26,7 +26,7 @@ POLL_SECONDS = 10.0
 Statuses = Mapping[str, Status]  # of each run, by its id
 Put = Callable[["Item"], None]
 """Write a run's configuration into its folder. `bench.job.place_config`."""
-SetAside = Callable[[Path], Path]
+SetAside = Callable[[Path], object]
 """Keep what other code has made, and give its place free. `bench.run_folder.set_aside`."""
 
 

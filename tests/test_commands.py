@@ -151,6 +151,19 @@ def test_a_users_own_filters_do_not_count(pretend: Callable[[str, str], Path], m
     assert (queue.live_jobs()["1"].state, queue.live_jobs()["1"].reason) == ("", "big")
 
 
+def test_jobs_in_a_hidden_partition_live(pretend: Callable[[str, str], Path]) -> None:
+    """Which squeue leaves out, unless it is asked for all."""
+    printed = {
+        "--array": "9|RUNNING|None|n1|1|1:00|0|a|",
+        "--states=RUNNING": "9 9",
+        "--states=all": "9|FAILED|256|n1|1|2|1:00|a|",
+    }
+    answers = "".join(f"*{option}*) echo '{line}';; " for option, line in reversed(printed.items()))
+    pretend("squeue", f'case "$*" in *--all*) case "$*" in {answers} esac;; esac')
+    assert list(queue.live_jobs()) == ["9"] and not queue.job_is_being_ended("9")
+    assert queue.recently_ended(["9"])["9"].exit_code == 1
+
+
 def test_cancelling_asks_the_queue_who_is_left(pretend: Callable[[str, str], Path]) -> None:
     calls = pretend("scancel", 'echo "scancel: error: Kill job error on job id 9: Invalid job id specified" >&2; exit 1')
     pretend("squeue", 'echo "9|COMPLETING|None|n1|1|1:00|0|a|"')

@@ -6,7 +6,7 @@ from helpers import TINY, VARIANTS, batch, tiny
 from torch import Tensor
 
 from bench import switches
-from bench.memory import training_bytes
+from bench.memory import training_memory
 from bench.method import Method
 
 IMAGE = (TINY.channels, TINY.input_size, TINY.input_size)
@@ -40,7 +40,7 @@ def held_bytes(method: Method, num_images: int, index: int, bf16: bool) -> int:
 def test_the_estimate_is_what_a_real_step_holds(variant: str) -> None:
     """In fp32; in bf16 it holds no more, but for copies of weights, which count in small networks."""
     for num_images in (3, 40):
-        told = training_bytes(tiny(variant), IMAGE, num_images)
+        told = training_memory(tiny(variant), IMAGE, num_images).total
         last = len(tiny(variant).intervals) - 1
         with switches.without("pieces"):  # which hold 1 to 3% less, on a CPU alone
             real, in_bf16 = (max(held_bytes(tiny(variant), num_images, i, bf16) for i in (0, last)) for bf16 in (False, True))
@@ -50,6 +50,6 @@ def test_the_estimate_is_what_a_real_step_holds(variant: str) -> None:
 def test_estimating_leaves_the_method_as_it_is() -> None:
     method = tiny("dit_moe")
     before = {name: tensor.clone() for name, tensor in method.state_dict().items()}
-    training_bytes(method, IMAGE, 4)
+    training_memory(method, IMAGE, 4)
     assert all(torch.equal(tensor, before[name]) for name, tensor in method.state_dict().items())
     assert all(p.grad is None and p.device.type == "cpu" for p in method.parameters())

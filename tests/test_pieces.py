@@ -1,6 +1,7 @@
 """Does what is timed together fit into memory, and is each beside its baselines wherever the two fit?"""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -128,7 +129,8 @@ def test_a_group_in_pieces_has_all_ratios_and_says_so(monkeypatch: pytest.Monkey
     for what in (TRAINING, SAMPLING):
         assert rows[what, "dtr"]["speed_over_naive"] > 0 and rows[what, "dtr"]["speed_over_dense"] > 0
         assert rows[what, "dtr"]["note"] == (
-            "timed in 2 pieces, with the seconds of the first: all together need about 10.0 GB, and 9.9 GB are free"
+            "timed in 2 pieces, with the seconds of the first: all together need about 10.0 GB, "
+            "and of 9.9 GB that are free 9.4 are used at most"
         )
         assert rows[what, "dense"]["note"] == "" and rows[what, "dense"]["step_seconds"] > 0
 
@@ -138,6 +140,24 @@ def test_who_could_not_be_beside_a_baseline_has_no_ratio_and_says_so(monkeypatch
     own = rows[TRAINING, "dtr"]
     assert own["step_seconds"] > 0 and own["speed_over_naive"] is None and own["speed_over_dense"] > 0
     assert own["note"].startswith("not timed beside naive: all together need about")
+
+
+def test_who_failed_in_one_piece_only_has_the_seconds_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[str] = []
+
+    def build(contestant: Contestant, *others: Any) -> Entrant:
+        built.append(name(contestant))
+        if built == ["dtr naive", "dtr"]:
+            raise MemoryError("none is left")
+        return Entrant(contestant, *others)
+
+    monkeypatch.setattr(measure, "Entrant", build)
+    rows = rows_with(monkeypatch, {"dtr": Need(8e9, 1e9), "dense": Need(8e9, 1e9)}, 9.9e9)
+    for what in (TRAINING, SAMPLING):
+        own = rows[what, "dtr"]
+        assert own["step_seconds"] > 0 and own["speed_over_naive"] is None and own["speed_over_dense"] > 0
+        assert own["note"].startswith("not timed beside naive; timed in 2 pieces")
+    assert rows[TRAINING, "dtr"]["memory"]
 
 
 def test_what_could_not_be_timed_has_a_note_and_no_number(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,15 @@ def test_resumed_equals_uninterrupted(variant, tmp_path):
     assert resumed.lost["device_seconds"] > 0
 
 
+def test_checkpoints_are_also_made_by_wall_time(tmp_path):
+    settings = ("system.checkpoint_every=0", "heldout.points=1")
+    for seconds, found in (("1e9", []), ("0", [2, 4, 6])):  # at every second step it is looked whether one is due
+        folder = tmp_path / seconds
+        crash_after(tiny_trainer("dense", *settings, f"system.checkpoint_every_seconds={seconds}", folder=folder), 7)
+        steps = [checkpoint.load(path).counters["steps_done"] for path in checkpoint.list_checkpoints(folder / "checkpoints")]
+        assert steps == found[-2:]  # the last two are kept
+
+
 def test_a_crash_before_the_first_heartbeat_after_a_crash_counts_the_lost_work_once(tmp_path):
     crash_after(tiny_trainer("dense", folder=tmp_path), 7)
     for _ in range(3):

@@ -122,6 +122,8 @@ def test_logs_of_jobs_and_of_experts(tmp_path: Path) -> None:
     ]
     assert re.findall("(?:out|err) of .*", tsbench("logs", "dense:1", "--runs", runs).out) == ["out of 12_1", "err of 12_1"]
     assert_refused(tsbench("logs", "dense:2", "--runs", runs), "no job of dense:2 has printed anything")
+    for command in ("logs", "cancel"):  # an empty variable of a shell script is no beginning of an id
+        assert_refused(tsbench(command, "", "--runs", runs), "'' names no runs")
 
 
 def test_cancel_ends_the_processes_of_this_machine_which_save(tmp_path: Path) -> None:

@@ -53,3 +53,23 @@ def test_of_many_runs_some_are_named(works: list[Work], monkeypatch: pytest.Monk
     said, *jobs = submit_until(ValueError("no: lower it"), works, 2, monkeypatch)
     assert said == f"no: lower it{BEFORE}1, 2 (run0, run1, run2 and 1 more){AGAIN}"
     assert jobs == ["1_0", "1_1", "2_0", "2_1"]
+
+
+def test_submissions_are_apart_in_time(works: list[Work], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pause before each but the first; the cluster's own limit of an array counts where it is lower than the profile's."""
+    done: list[object] = []
+
+    def answer(ours: list[Work], *rest: object) -> list[str]:
+        done.append([work.name for work in ours])
+        return [f"{len(done)}_{index}" for index in range(len(ours))]
+
+    monkeypatch.setattr(submit.queue, "live_names", dict)
+    monkeypatch.setattr(submit.queue, "max_array_size", lambda: 4)
+    monkeypatch.setattr(submit, "_submit_one", answer)
+    monkeypatch.setattr(submit.time, "sleep", done.append)
+    for elements, arrays in ((1000, [[*range(4)], 7.5, [4, 5]]), (3, [[*range(3)], 7.5, [*range(3, 6)]])):
+        done.clear()
+        profile = Profile(device="cpu", submit_every_seconds=7.5, max_array_elements=elements)
+        jobs = submit.submit(works, lambda *_: True, profile, works[0].folder, works[0].folder.parent / "logs")
+        assert done == [each if isinstance(each, float) else [f"run{index}" for index in each] for each in arrays]
+        assert [*jobs] == works

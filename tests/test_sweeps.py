@@ -8,11 +8,16 @@ from pathlib import Path
 import pytest
 import yaml
 from command import assert_refused, tsbench
+from rich.console import Console
 from sweeps_here import BASE, DIVERGES, FILE, OTHER_CODE, TWO, folders, made, make_stale, row_of, sweep, write_suite
 from training import differing, saved
 
 from bench.files import read_json, write_json_atomically
+from bench.launch import Launch
+from bench.planning import plan_runs
 from bench.runs import Run
+from bench.sweeps import make_sweep
+from slurm.profile import load_profile
 
 pytestmark = pytest.mark.usefixtures("no_slurm")
 
@@ -62,6 +67,7 @@ def test_the_plan_follows_the_profile_and_the_settings(tmp_path: Path) -> None:
     outcome = sweep(suite, tmp_path / "runs", "--profile", profile, "--dry-run", "budget.amount=128", cluster="slurm")
     assert outcome.code == 0 and not outcome.err
     assert outcome.out.startswith("4 runs; to start: 4,") and outcome.out.count("  128  ") == 4
+    assert "\nThe batch script of the first of 2 arrays (" in outcome.out
     for option in ("array=0-2%2", "nodes=2", "ntasks-per-node=2", "time=90", "signal=USR2@60", "partition=debug", "account=me"):
         assert f"#SBATCH --{option}\n" in outcome.out
     assert outcome.out.index("set -e\n") < outcome.out.index("module load x\n") < outcome.out.index("export PYTHONPATH")
@@ -118,7 +124,9 @@ def test_what_is_not_possible_is_one_sentence_and_writes_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["suite.yaml"]
 
 
-@pytest.mark.parametrize("command", [("sweep", "--cluster", "slurm", "--dry-run"), ("status",), ("cancel",), ("logs",), ("collect",)])
+@pytest.mark.parametrize(
+    "command", [("sweep", "--cluster", "slurm", "--dry-run"), ("status",), ("cancel",), ("logs",), ("collect",)]
+)
 def test_a_folder_of_runs_that_is_a_file_is_named(command: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("mine")
     assert_refused(tsbench(*command, "demo", "--runs", tmp_path / "runs"), f"--runs is {tmp_path / 'runs'}, which is a file")
@@ -231,6 +239,20 @@ def test_only_what_is_asked_for(swept: Path) -> None:
     outcome = sweep(suite, runs, "--only", failed.name, "evaluation.seed=9")  # words after --only may be settings
     assert outcome.code == 0 and not (failed / "failure.json").exists() and (failed / "done").exists()
     assert Run(failed).evaluations[-1]["protocol"]["seed"] == 9
+
+
+def test_of_two_launches_that_start_over_one_sets_aside(swept: Path) -> None:
+    """The second looked before the first began, and acts when that has made its runs anew."""
+    runs, suite = swept / "results" / "runs", swept / "suite.yaml"
+    make_stale(folders(runs)[0])
+    in_groups, second = make_sweep(str(suite), [], runs)
+    statuses, _ = second.statuses()
+    launch = Launch("suite", "suite", plan_runs(in_groups), second, load_profile("local"), runs.parent, Console())
+    assert sweep(suite, runs, "--only", "stale").code == 0
+    before = {folder: (folder / "done").stat().st_mtime_ns for folder in folders(runs)}
+    assert launch.in_this_process(second.choose(statuses, ["stale"]), statuses) == 0
+    assert {folder: (folder / "done").stat().st_mtime_ns for folder in before} == before
+    assert len(list((runs / "set_aside").iterdir())) == 1
 
 
 # Side by side

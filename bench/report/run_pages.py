@@ -1,12 +1,14 @@
 """What stands on the page of one run: how it was set, how it trained, what it draws, and where it comes from?"""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import pandas as pd
 from omegaconf import OmegaConf
 
 from bench.arrays import read_samples
+from bench.config import RunConfig
 from bench.figures.losses import heldout_curve, training_curve
 from bench.figures.style import Shown, dress
 from bench.report.chart import Line, chart
@@ -85,10 +87,10 @@ def _page(
 
 
 def _differing(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The settings that are not the same in all runs."""
-    flats = [flat_settings(config) for config in configs.values()]
-    names = dict.fromkeys(name for flat in flats for name in flat)
-    return [name for name in names if name not in PLACELESS and len({repr(flat.get(name)) for flat in flats}) > 1]
+    """The settings that are not the same in all runs. What came after a run stands at its default there."""
+    flats, defaults = [flat_settings(config) for config in configs.values()], flat_settings(asdict(RunConfig()))
+    names = dict.fromkeys(name for flat in flats for name in flat if name not in PLACELESS)
+    return [name for name in names if len({repr(flat.get(name, defaults.get(name))) for flat in flats}) > 1]
 
 
 def _scores(ends: pd.DataFrame) -> Iterator[tuple[str, str, str]]:

@@ -18,7 +18,7 @@ from bench.throughput.contest import NUM_SAMPLING_STEPS, Contestant, Group, Setu
 from bench.throughput.entrant import Count, Entrant, Plain, count_of
 from bench.throughput.memory import free_bytes
 from bench.throughput.peak import measure_peak, vendor_peak
-from bench.throughput.pieces import bytes_together, pieces
+from bench.throughput.pieces import SHARE_USED, bytes_together, pieces
 
 TRAINING, SAMPLING = "training step", "sampling step"
 Row = dict[str, Any]
@@ -72,7 +72,8 @@ def _measure_group(group: Group, task: Task, counts: Counts) -> list[Row]:
     cut = pieces(group.contestants, task.against, needs.__getitem__, free)
     why = ""
     if len(cut) > 1:
-        why = f"all together need about {bytes_together(needs.values()) / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+        why = f"all together need about {bytes_together(needs.values()) / 1e9:.1f} GB, and of {free / 1e9:.1f} GB that are free "
+        why += f"{SHARE_USED * free / 1e9:.1f} are used at most"
         task.watch(f"timing {len(group.contestants)} contestants in {len(cut)} pieces: {why}")
     timed = [_time_together(piece, task, counts) for piece in cut]
     return [row for contestant in group.contestants for row in _rows(contestant, group, timed, task, counts, why)]
@@ -112,10 +113,10 @@ def _time_together(contestants: Sequence[Contestant], task: Task, counts: Counts
 
 
 def _rows(contestant: Contestant, group: Group, timed: Sequence[Timed], task: Task, counts: Counts, why: str) -> list[Row]:
-    """Of one contestant, from all pieces that it was in: times are those of the first, each ratio is taken within one. `why`
-    a group was cut, if it was.
+    """Of one contestant, from all pieces that it was in: times are those of the first in which it had no trouble, each ratio is
+    taken within one. `why` a group was cut, if it was.
     """
-    timed = [piece for piece in timed if contestant in piece.contestants]
+    timed = sorted((piece for piece in timed if contestant in piece.contestants), key=lambda piece: contestant in piece.notes)
     own, rows = timed[0], []
     for what in (TRAINING, SAMPLING):
         row = {"what": what, **_facts(contestant), "beside": group.beside, "note": own.notes.get(contestant, "")}
