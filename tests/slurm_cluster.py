@@ -1,7 +1,8 @@
 """How do tests get a real Slurm? A local cluster, started once per session and taken down also after a failure.
 
 `cluster` (a fixture, offered to all tests by conftest.py) is the cluster that SLURM_CONF names if that is a local one, as
-in CI; otherwise a new one in a temporary folder on free ports, so that pytest's workers and the user's own do not meet.
+in CI (only the first of pytest's workers takes it); otherwise a new one in a temporary folder on free ports, so that workers
+and the user's own do not meet.
 """
 
 import os
@@ -146,7 +147,8 @@ def temporary_cluster(**settings: str) -> Iterator[Cluster]:
 def cluster() -> Iterator[Cluster]:
     """Four nodes, two pretended GPUs each. Tests leave it as they found it: all daemons running, no jobs."""
     present = Path(os.environ.get("SLURM_CONF", "/nowhere/slurm.conf")).parent
-    if (present / MARK).exists():
+    is_first = os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0"  # they stop daemons: no two workers share a cluster
+    if is_first and (present / MARK).exists():
         yield Cluster(present)
     else:
         with temporary_cluster() as started:

@@ -1,8 +1,10 @@
 """Are samples, held-out losses and scores the same bits on 1, 2 and 4 ranks, and does none wait for one that failed?"""
 
 import dataclasses
+import faulthandler
 import os
 import socket
+import traceback
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -39,14 +41,21 @@ def on_ranks(size: int, work: Callable[[World, Path], None], out: Path) -> None:
     ranks = [PROCESSES.Process(target=_be_rank, args=(rank, size, port, work, out)) for rank in range(size)]
     for process in ranks:
         process.start()
-    assert exit_codes_of(ranks, seconds=120) == [0] * size
+    codes = exit_codes_of(ranks, seconds=300)
+    assert codes == [0] * size, "\n".join(path.read_text()[:4000] for path in sorted(out.glob("rank*.failure")))
 
 
 def _be_rank(rank: int, size: int, port: int, work: Callable[[World, Path], None], out: Path) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with world_from_environment(CPU) as world:
-        work(world, out)
+    told = open(out / f"rank{rank}.failure", "w", buffering=1)  # noqa: SIM115 - to the end: a library may abort it even then
+    faulthandler.enable(told)
+    try:
+        with world_from_environment(CPU) as world:
+            work(world, out)
+    except BaseException:
+        traceback.print_exc(file=told)
+        raise
 
 
 @cache
