@@ -1,7 +1,7 @@
 """The command `tsbench`: what can be asked of the suite from a shell?
 
-Exit codes: 0 done; 1 a run failed or diverged; 2 something that was given is not allowed; 3 a table that would not be
-fair is refused; 130 interrupted.
+Exit codes: 0 done; 1 a run failed or diverged, or jobs could not be cancelled; 2 something that was given is not allowed;
+3 a table that would not be fair is refused; 130 interrupted.
 """
 
 import argparse

@@ -31,10 +31,11 @@ class World:
         return self.rank == 0
 
     def slice_of(self, count: int) -> slice:
-        """This rank's part of `count` items; ValueError unless they can be shared equally."""
+        """This rank's part of a batch of `count` images; ValueError unless they can be shared equally."""
         if count % self.size:
             raise ValueError(
-                f"a batch of {count} cannot be shared equally by {self.size} ranks: choose a multiple of {self.size}"
+                f"train.batch_size {count} cannot be shared equally by {self.size} ranks: choose a multiple of {self.size}, "
+                "or another number of ranks"
             )
         share = count // self.size
         return slice(self.rank * share, (self.rank + 1) * share)

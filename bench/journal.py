@@ -47,20 +47,21 @@ class Record:
         self.interval, self.step, self.samples, self.t = interval, step, samples, t
         self.losses = {name: loss.float() for name, loss in losses.items()}
 
-    def check(self, world: World) -> None:
-        """Diverged, with the same message on all ranks, if a number is not finite: the first term with samples that are
-        not names them, anything else (a penalty, the gradient's norm) the whole batch.
+    def unfit(self) -> list[str]:
+        """The losses that are not finite."""
+        return [name for name, loss in self.losses.items() if not torch.isfinite(loss)]
+
+    def diverged(self, world: World) -> Diverged:
+        """With the same message on all ranks: the first term with samples that are not finite names them, anything else (a
+        penalty, the gradient's norm) the whole batch.
         """
-        unfit = [name for name, loss in self.losses.items() if not torch.isfinite(loss)]
-        if not unfit:
-            return
-        t = world.gather(self.t)
+        t, unfit = world.gather(self.t), self.unfit()[0]
         for name, own in self.samples.items():
             per_sample = world.gather(own)
             bad = ~torch.isfinite(per_sample)
             if bad.any():
-                raise Diverged(name, float(per_sample[bad][0]), self.step, t[bad].unique().tolist(), whole_batch=False)
-        raise Diverged(unfit[0], float(self.losses[unfit[0]]), self.step, t.unique().tolist(), whole_batch=True)
+                return Diverged(name, float(per_sample[bad][0]), self.step, t[bad].unique().tolist(), whole_batch=False)
+        return Diverged(unfit, float(self.losses[unfit]), self.step, t.unique().tolist(), whole_batch=True)
 
 
 class Journal:
@@ -76,12 +77,17 @@ class Journal:
 
     def check_finite(self) -> None:
         """Raise Diverged at the first step since the last check whose numbers are not finite."""
-        for record in self.pending[self.num_checked :]:
-            record.check(self.world)
+        bad = [record for record in self.pending[self.num_checked :] if record.unfit()]
+        if bad:  # of a step's intervals the one whose own loss it is: the gradient's norm, which is bad with it, is of all
+            of_step = [record for record in bad if record.step == bad[0].step]
+            raise min(of_step, key=lambda record: record.unfit() == ["grad_norm"]).diverged(self.world)
         self.num_checked = len(self.pending)
 
     def flush(self, place: dict[str, Any], lr: float) -> float:
-        """Write one line per interval for the steps since the last flush; returns their mean loss."""
+        """Write one line per interval for the steps since the last flush; returns their mean loss.
+
+        `num_steps` is how often they drew the interval: steps, or parts of steps where one trains several intervals.
+        """
         by_interval: dict[Interval, list[Record]] = defaultdict(list)
         for record in self.pending:
             by_interval[record.interval].append(record)

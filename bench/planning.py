@@ -108,14 +108,9 @@ def _plan(run: SuiteRun, world_size: int, only_look: bool) -> PlannedRun:
         make_sampler(config.diffusion, config.evaluation, config.model, data)
         protocol_of(config.evaluation, data)
     batch, num_passes = config.train.batch_size, shares.num_passes(config.train, world_size)
-    if batch % num_passes:
-        raise ValueError(
-            f"train.batch_size {batch} cannot be shared by {world_size} ranks in {config.train.micro_batches} micro-batches "
-            f"each: choose a multiple of {num_passes}, or another cluster profile"
-        )
     network = _Network.of(config)
     method, cost = _measured(network)
-    shares.shares_of(config.train, method, World(0, world_size))
+    shares.shares_of(config.train, method, World(0, world_size))  # so that the passes are equal
     num_steps = plan_budget(config.budget, cost, batch, num_passes).num_steps
     timed = num_steps is None
     return PlannedRun(

@@ -19,7 +19,7 @@ from bench.data import DataSource
 from bench.distributed import World
 from bench.intervals import Interval, interval_at_step
 from bench.method import Method
-from bench.randomness import Batch, draw_batch
+from bench.randomness import Batch, draw_batch, draw_timesteps
 
 
 class Share(NamedTuple):
@@ -50,9 +50,10 @@ def shares_of(train: TrainConfig, method: Method, world: World) -> list[Share]:
         shares = [Share(place, slice(place * size, (place + 1) * size)) for place in own]
     num_images = shares[0].rows.stop - shares[0].rows.start
     if num_images % train.micro_batches:
+        place, more = (" and interval", ", or a smaller train.intervals_per_step") if num_intervals > 1 else ("", "")
         raise ValueError(
-            f"{num_images} images per rank{' and interval' if num_intervals > 1 else ''} cannot be cut into "
-            f"{train.micro_batches} micro-batches: choose train.micro_batches that divides them"
+            f"{num_images} image{'s' if num_images > 1 else ''} per rank{place} cannot be cut into {train.micro_batches} "
+            f"micro-batches: choose a divisor for train.micro_batches{more}"
         )
     return shares
 
@@ -72,9 +73,18 @@ def intervals_of(step: int, method: Method, config: RunConfig) -> tuple[Interval
 def draw_shares(
     step: int, intervals: tuple[Interval, ...], shares: Sequence[Share], config: RunConfig, data: DataSource, progress: float
 ) -> list[Batch]:
-    """A rank's batches of optimiser step `step` (from 0), which trains these intervals: one of each of its shares."""
-    batches = (draw_batch(step, intervals[share.place], config, data, progress, share.rows) for share in shares)
-    return [batch._replace(intervals_of_step=intervals) for batch in batches]
+    """A rank's batches of optimiser step `step` (from 0), which trains these intervals: one of each of its shares.
+
+    Shares lie side by side, and only timesteps follow from the interval: the rest is drawn once, for all of them.
+    """
+    rows = slice(shares[0].rows.start, shares[-1].rows.stop)
+    drawn = draw_batch(step, intervals[shares[0].place], config, data, progress, rows)
+    batches = []
+    for share, part in zip(shares, drawn.cut(len(shares)), strict=True):
+        interval = intervals[share.place]
+        t = draw_timesteps(step, interval, config)[share.rows]
+        batches.append(part._replace(t=t, interval=interval, intervals_of_step=intervals))
+    return batches
 
 
 def losses_of_all(own: Sequence[dict[str, Tensor]], num_intervals: int, world: World) -> list[dict[str, Tensor]]:

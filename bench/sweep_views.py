@@ -60,7 +60,7 @@ def status_view(sweep: Sweep, statuses: Mapping[str, Status]) -> Group:
         jobs = ", ".join(status.jobs[:3]) + (f" and {len(status.jobs) - 3} more" if len(status.jobs) > 3 else "")
         state = f"[{COLOURS[status.state]}]{status.state}[/]" if status.state in COLOURS else status.state
         table.add_row(item.run_id, escape(item.label), state, f"{status.fraction:.0%}", left, jobs)
-    details = [Text(f"{run_id}: {status.detail}") for run_id, status in statuses.items() if status.detail]
+    details = [Text("\n    ".join([f"{run_id}: {s.detail}", *s.lines])) for run_id, s in statuses.items() if s.detail]
     return Group(Text(title, "bold"), table, *([""] if details else []), *details)
 
 

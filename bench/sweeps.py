@@ -9,7 +9,7 @@ import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -21,8 +21,8 @@ from rich.live import Live
 if TYPE_CHECKING:  # imports are made where they are needed, so that help and refusals come at once
     from bench.suite import SuiteRun
     from slurm.claims import Work
-    from slurm.states import Known
-    from slurm.sweep import Sweep
+    from slurm.states import Known, Status
+    from slurm.sweep import Choice, Sweep
 
 RUNS = Path("results/runs")
 CLUSTERS = ("slurm", "local", "inline")
@@ -106,6 +106,8 @@ def run_sweep(parsed: argparse.Namespace) -> int:
     launch = Launch(parsed.suite, _as_typed(parsed, settings), planned, sweep, profile, results, _console())
     statuses, known = sweep.statuses()
     choice = sweep.choose(statuses, only, with_followers=not on_slurm)
+    if not known.answers and not parsed.dry_run:
+        _refuse_to_start_over(choice, statuses, known.warning)
     _warn(known)
     if parsed.dry_run:
         launch.console.print(plan_table(planned, statuses, choice, profile))
@@ -122,6 +124,19 @@ def run_sweep(parsed: argparse.Namespace) -> int:
         if parsed.cluster == "local":
             return launch.side_by_side(choice, statuses, parsed.workers)
         return launch.in_this_process(choice, statuses)
+
+
+def _refuse_to_start_over(choice: "Choice", statuses: "Mapping[str, Status]", why: str) -> None:
+    """ValueError if, of a stale run, a job may be queued that cannot be seen: it would go on in the new folder by other code."""
+    from slurm.claims import read_claim
+
+    stale = [item for item in choice.start if statuses[item.run_id].state == "stale"]
+    given = [item.run_id for item in stale if any(read_claim(work) is not None for work in item.works)]
+    if given:
+        raise ValueError(
+            f"{', '.join(given[:3])} cannot start over: a job that was submitted before may still be queued, and {why}; "
+            "try again when the cluster answers, or delete job.json in the run's folder if you know that no job is left"
+        )
 
 
 def run_status(parsed: argparse.Namespace) -> int:
@@ -167,6 +182,7 @@ def run_logs(parsed: argparse.Namespace) -> int:
 
 
 def run_cancel(parsed: argparse.Namespace) -> int:
+    """Exit code 1 if there may be jobs, and the cluster that has them does not answer."""
     from bench.sweep_views import count_of
     from slurm import queue
     from slurm.claims import read_claim
@@ -185,6 +201,9 @@ def run_cancel(parsed: argparse.Namespace) -> int:
         queue.cancel(jobs)
     ended = [work for work in works if end_process(work.folder)]
     print(f"cancelled {count_of(len(jobs), 'job')}, ended {count_of(len(ended), 'process', 'processes')} on this machine")
+    if not known.answers:
+        print(f"tsbench: jobs could not be cancelled: {known.warning}", file=sys.stderr)
+        return 1
     _warn(known)
     return 0
 

@@ -8,18 +8,17 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from bench import saving, switches
+from bench import measuring, saving, switches
 from bench.budget import Budget, plan
 from bench.compiled import begin_step, compile_blocks
 from bench.config import RunConfig
-from bench.curve import keep_weights
 from bench.data import DataSource
 from bench.data.resident import keep_on_device
 from bench.distributed import Agreement, World, gradient_norm
 from bench.ema import EMA
 from bench.flops import Cost
 from bench.flops import measure as measure_cost
-from bench.heldout import bin_rows, item_losses, item_row, make_heldout_set
+from bench.heldout import make_heldout_set
 from bench.journal import Journal, Record
 from bench.learning_rate import lr_factor
 from bench.method import Method
@@ -104,6 +103,8 @@ class Trainer:
         Raises Diverged if a loss term, a penalty or the gradient's norm is not finite.
         """
         intervals = batches[0].intervals_of_step or (batches[0].interval,)
+        expected = len(self.shares), self.config.train.intervals_per_step
+        assert (len(batches), len(intervals)) == expected, "one batch of each share, which name all intervals if they are several"
         batches = tuple(batch.to(self.device) for batch in batches)
         self.optimizer.zero_grad(set_to_none=True)
         begin_step(self.config.system.compile)
@@ -167,7 +168,7 @@ class Trainer:
                 if stop.ask(self.should_stop()):
                     stop.settle()
                     self.save_for_later()
-                self.measure_heldout_if_due()
+                measuring.measure_if_due(self)
                 started = time.perf_counter()
                 intervals = intervals_of(self.steps_done, self.method, self.config)
                 if intervals[0] in self.intervals:
@@ -175,21 +176,21 @@ class Trainer:
                 else:
                     self.steps_done += 1
                 due = self.steps_done % self.config.system.log_every == 0
-                if due or self.heldout_is_due():
+                if due or measuring.is_due(self):
                     self.journal.check_finite()  # on a GPU this waits for the steps so far: part of their time
                 self._count_time(time.perf_counter() - started)
                 if due:
                     self.flush()
                     self.save_if_due()
         stop.settle()
-        self.measure_heldout_if_due()
+        measuring.measure_if_due(self)
         self.flush()
         self.save()
 
     def save_for_later(self) -> NoReturn:
         """Leave everything as the step to come needs it; raises Interrupted on all ranks, once rank 0 has saved."""
         self.journal.check_finite()
-        self.journal.heartbeat({**self._place(), "lost": self.lost})
+        self.journal.heartbeat({**self.place(), "lost": self.lost})
         self.save()
         self.world.decide(True, self.device)
         raise Interrupted(f"stopped after step {self.steps_done}; everything is saved")
@@ -220,45 +221,17 @@ class Trainer:
     def finished(self) -> bool:
         return self.spent >= 1
 
-    def measure_heldout_if_due(self) -> None:
-        """The held-out loss at `points` + 1 places, evenly spaced over the budget, the first before any training."""
-        if not self.heldout_is_due():
-            return
-        self.heldout_points = int(self.spent * self.config.heldout.points) + 1
-        world = World() if self.is_sharded else self.world  # sharded, all ranks go through all images together
-        with self.ema.applied():
-            losses = item_losses(self.method, self.objective, self.heldout, world, self.device, self.intervals)
-            snapshot = self.method.diagnostics() if self.folder else {}
-            if self.folder and self.curve_point_is_here():
-                images_of_all = self.steps_done * self.config.train.batch_size  # one place for jobs that train apart
-                keep_weights(self.folder, self.method, {**self._place(), "images_seen": images_of_all})
-        if self.experts is None:
-            for row in bin_rows(self.heldout, losses):
-                self.journal.write({"kind": "heldout", **self._place(), **row})
-        else:  # of a bin's images only some, it may be: it takes all experts to tell its mean
-            self.journal.write({"kind": "heldout items", **self._place(), **item_row(self.heldout, losses, self.intervals)})
-        self.journal.snapshot(self.images_seen, snapshot)
-
-    def heldout_is_due(self) -> bool:
-        points = self.config.heldout.points
-        return self.heldout_points <= points and self.spent * points >= self.heldout_points
-
-    def curve_point_is_here(self) -> bool:
-        """Whether the held-out loss that was just measured is one at which the weights are kept, to be scored later."""
-        every, point = self.config.evaluation.curve_every, self.heldout_points - 1
-        writes = self.folder is not None and self.world.is_main
-        return writes and every > 0 and point % every == 0 and 0 < point < self.config.heldout.points
-
     def flush(self) -> None:
         """Write what was recorded since the last time, and refuse to go on with numbers that are not finite."""
         self.journal.check_finite()
         lr = self.optimizer.param_groups[0]["lr"]
-        loss = self.journal.flush(self._place(), lr)
-        self.journal.heartbeat({**self._place(), "lost": self.lost})
+        loss = self.journal.flush(self.place(), lr)
+        self.journal.heartbeat({**self.place(), "lost": self.lost})
         images_per_second = self.images_seen / self.device_seconds if self.device_seconds else 0.0
         self.bar.update(self.spent, images_per_second, loss)
 
-    def _place(self) -> dict[str, Any]:
+    def place(self) -> dict[str, Any]:
+        """How far training is."""
         return {
             "step": self.steps_done,
             "images_seen": self.images_seen,
@@ -294,4 +267,4 @@ class Trainer:
             seconds = max(0.0, heartbeat["device_seconds"] - self.device_seconds)
             before = heartbeat["lost"]
             self.lost = {"images": before["images"] + images, "device_seconds": before["device_seconds"] + seconds}
-            self.journal.heartbeat({**self._place(), "lost": self.lost})
+            self.journal.heartbeat({**self.place(), "lost": self.lost})

@@ -1,16 +1,17 @@
 """Which parts of the methods are timed alone, ours beside the plain code, on the same weights and inputs?
 
-Each takes a size ("S/2"), a batch size and a device and gives two calls, for `tsbench throughput --parts`.
+For `tsbench throughput --parts`.
 """
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from bench.ema import EMA
+from bench.throughput.clock import Call, Part
 from methods.backbone import SIZES, DiT, Shape
 from methods.bases import Bases
 from methods.dit_moe import MixtureMLP
@@ -18,7 +19,6 @@ from methods.naive import mix, mixture
 from methods.naive_updates import LoopedAdamW, LoopedEMA
 from methods.remix_dit import RemixDiT
 
-Call = Callable[[], object]
 NUM_BASES = 4
 HALF_LIFE_IMAGES = 500_000
 
@@ -131,7 +131,7 @@ def shape_of(size: str) -> Shape:
     return Shape(depth, width, num_heads, int(patch))
 
 
-PARTS = {
+PARTS: dict[str, Part] = {
     "mixing, forward": mixing_forward,
     "mixing, forward and backward": mixing_forward_and_backward,
     "mixture of 8 experts": mixture_layer,

@@ -16,11 +16,16 @@ CRASHES = (signal.SIGILL, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.S
 SIGNALS_OF_OTHERS = (signal.SIGKILL, signal.SIGTERM)
 TOO_MUCH_MEMORY = re.compile(r"^slurmstepd\S*: error:.*(exceeded.* memory limit|oom.kill)", re.IGNORECASE | re.MULTILINE)
 TASK_KILLED = re.compile(r"^srun: error: .*task.*: Killed", re.MULTILINE)
+SAY_START = 'echo "tsbench: start $((${SLURM_RESTART_COUNT:-0} + 1)) of this job" >&2'
+"""Shell text with which the batch script and each rank begin: when a job starts again, it writes on in the files it has."""
+START = re.compile(r"tsbench: start (\d+) of this job\n")
+TRACEBACK = "Traceback (most recent call last):\n"
 OF_SLURM = re.compile(r"^(srun|slurmstepd\S*|slurmd\S*): ")
 OF_RANK = re.compile(r"^\[rank\d+\]: ", re.MULTILINE)  # torch's mark on a traceback's lines
 # What a rank says when another one is gone (gloo has no exception of its own, nccl a DistBackendError) or has failed.
 OF_ANOTHER_RANK = re.compile(r"(\S+: )?(\[\S*gloo/|rank \d+ stops because another of )|(\w+\.)*Dist\w*Error: ")
-LONGEST = 300  # characters of what the code said
+LONGEST = 300  # characters of a line that the code said
+MOST_LINES = 3
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,7 @@ class Cause:
 
     kind: str  # one of KINDS
     sentence: str  # for people
+    lines: tuple[str, ...] = ()  # that the code wrote last, if it is the cause
 
 
 def cause(ended: EndedJob, stderr_tail: str) -> Cause:
@@ -58,16 +64,16 @@ def cause(ended: EndedJob, stderr_tail: str) -> Cause:
 
 def _failure(ended: EndedJob, stderr_tail: str) -> Cause:
     exit_code, number = _end_of_tasks(ended)
-    said = last_words(stderr_tail)
-    then = f": {said}" if said else ""
+    lines = tuple(last_lines(stderr_tail))
+    then = f": {lines[-1].strip()}" if lines else ""
     where = f" on {ended.nodes}" if ended.nodes else ""
     if number in CRASHES:
-        return Cause("code", f"job {ended.job_id} crashed with {_signal(number)}{where}{then}")
+        return Cause("code", f"job {ended.job_id} crashed with {_signal(number)}{where}{then}", lines)
     if TASK_KILLED.search(stderr_tail):  # one task's death makes others fail, whose exit codes hide it
         number = signal.SIGKILL
     if number:
         return Cause("killed", f"a task of job {ended.job_id} was killed by {_signal(number)}{where}")
-    return Cause("code", f"job {ended.job_id} failed with exit code {exit_code}{then}")
+    return Cause("code", f"job {ended.job_id} failed with exit code {exit_code}{then}", lines)
 
 
 def _end_of_tasks(ended: EndedJob) -> tuple[int, int]:
@@ -99,12 +105,26 @@ def _sizes(ended: EndedJob) -> str:
     return f" ({most / 2**20:.0f} of {asked / 2**20:.0f} MB)" if asked and most > asked else ""
 
 
+def since_last_start(texts: list[str]) -> list[str]:
+    """What the ranks have written as errors since their job's last start; a rank that did not start then is left out."""
+    parts = [START.split(text) for text in texts]  # ..., number of the last start, what followed
+    numbers = [int(each[-2]) if len(each) > 1 else 1 for each in parts]
+    return [each[-1] for each, number in zip(parts, numbers, strict=True) if number == max(numbers)]
+
+
+def last_lines(stderr_tail: str) -> list[str]:
+    """The end of the last traceback (file and line, code, exception), or the last lines that are not Slurm's."""
+    _, traceback, after = OF_RANK.sub("", stderr_tail).rpartition(TRACEBACK)
+    lines = [line[:LONGEST] for line in after.splitlines() if line.strip(" ^~") and not OF_SLURM.match(line)]
+    if traceback:
+        raised = next((place for place, line in enumerate(lines) if not line.startswith(" ")), len(lines))
+        lines = lines[: raised + 1]
+    return lines[-MOST_LINES:]
+
+
 def last_words(stderr_tail: str) -> str:
     """The line of the last exception, or the last line that is not Slurm's; "" if there is none."""
-    _, traceback, after = OF_RANK.sub("", stderr_tail).rpartition("Traceback (most recent call last):\n")
-    lines = [line for line in (after if traceback else stderr_tail).splitlines() if line.strip() and not OF_SLURM.match(line)]
-    raised = next((line for line in lines if not line.startswith(" ")), "") if traceback else ""
-    return (raised or (lines[-1] if lines else "")).strip()[:LONGEST]
+    return "".join(last_lines(stderr_tail)[-1:]).strip()
 
 
 def is_of_another_rank(said: str) -> bool:

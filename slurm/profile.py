@@ -13,6 +13,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from slurm.cause import SAY_START
+
 FOLDER = Path(__file__).parent / "clusters"
 SBATCH_WORDS = {  # options of sbatch that go by another name here
     "time": "minutes",
@@ -111,6 +113,7 @@ class Profile:
         threads = [f"export OMP_NUM_THREADS={self.cpus_per_task}"] if self.device == "cpu" else []
         return [
             "set -e",
+            SAY_START,
             f"export SRUN_CPUS_PER_TASK={self.cpus_per_task}",  # from Slurm 22.05 on srun need not take over sbatch's
             *threads,
             *self.setup,

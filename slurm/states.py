@@ -19,8 +19,8 @@ from bench import lease
 from bench.files import read_json
 from bench.runs import SPENT, Run, expert_folders
 from slurm import queue
-from slurm.cause import is_of_another_rank, last_words
-from slurm.claims import Work, read_claim
+from slurm.cause import is_of_another_rank, last_lines, last_words, since_last_start
+from slurm.claims import Claim, Work, read_claim
 from slurm.submit import output_of
 from slurm.task import was_preempted
 
@@ -43,6 +43,7 @@ class Status:
     jobs: tuple[str, ...] = ()
     kind: str = ""  # of a failure
     changed: tuple[str, ...] = ()  # files, of a stale run
+    lines: tuple[str, ...] = ()  # that failed code wrote last
 
     @property
     def in_hand(self) -> bool:
@@ -77,8 +78,7 @@ def ask_cluster(works: Iterable[Work]) -> Known:
     try:
         here, why = queue.cluster_is_here()
         if not here:
-            unknown = f"no cluster can be asked what became of jobs ({why})" if jobs else ""
-            return Known({}, {}, unknown, answers=False)
+            return Known({}, {}, f"no cluster can be asked what became of jobs ({why})", answers=False)
         live = queue.live_jobs()
         return Known(live, *_ended(jobs, live))
     except queue.ClusterUnreachable as error:
@@ -111,8 +111,8 @@ def status_of(
     changed = changed_files(run.path, difference)
     fraction = fraction_of(run.path, budget)
     is_made = (run.path / "done").exists()
-    if is_made and (changed or run.is_scored_under(evaluation or {})):
-        return Status("stale" if changed else "done", _made_by(changed) if changed else "", 1.0, changed=changed)
+    if is_made and not changed and run.is_scored_under(evaluation or {}):
+        return Status("done", fraction=1.0)
     each = [_named(work, work_status(work, known)) for work in works]
     if works[0].folder != run.path and (failure := failure_in(run.path)) is not None:
         each.append(failure)  # of the job that put the experts together
@@ -124,12 +124,12 @@ def status_of(
     if waiting:
         reason = next(status.detail for status in each if status.state == waiting)
         return Status(waiting, "; ".join(filter(None, (reason, _begun(fraction)))), fraction, jobs=jobs)
-    if changed and has_begun(run.path):
-        return Status("stale", _made_by(changed), fraction, changed=changed)
+    if changed and (is_made or has_begun(run.path)):
+        return Status("stale", _made_by(changed), 1.0 if is_made else fraction, changed=changed)
     each.sort(key=lambda status: status.resumable)  # what no launch takes up by itself is told first
     worst = next((status for name in ("diverged", "failed", "preempted") for status in each if status.state == name), None)
     if worst is not None:
-        return Status(worst.state, worst.detail, fraction, kind=worst.kind)
+        return Status(worst.state, worst.detail, fraction, kind=worst.kind, lines=worst.lines)
     if is_made:
         return Status("planned", "trained; to be scored under these settings", fraction)
     told = next((status for status in each if status.detail), Status("planned", _begun(fraction)))
@@ -157,7 +157,7 @@ def work_status(work: Work, known: Known) -> Status:
         return Status("running", str(holder))
     failure = failure_in(work.folder)
     if failure is not None:
-        return failure
+        return failure if claim is None else _with_lines(failure, claim)
     if (work.folder / "done").exists():
         return Status("done", fraction=1.0)
     if claim is None:
@@ -178,6 +178,13 @@ def failure_in(folder: Path) -> Status | None:
     return Status(str(failure["state"]), str(failure["cause"]), kind=kind)
 
 
+def _with_lines(failure: Status, claim: Claim) -> Status:
+    """With what the last job wrote last, if it tells of this failure, and not a process without a job."""
+    lines = tuple(last_lines(_last_errors(claim.job, claim.logs))) if claim.job and failure.kind == "code" else ()
+    is_told = lines and failure.detail.partition("\n")[0][:100] in lines[-1]
+    return replace(failure, lines=lines) if is_told else failure
+
+
 def _named(work: Work, status: Status) -> Status:
     """Which expert it is told of."""
     is_told = work.expert is not None and status.detail
@@ -189,20 +196,20 @@ def _after(job: str, logs: str, known: Known) -> Status:
     ended = known.ended.get(job)
     if ended is None:
         return Status("planned", f"job {job} is not known to the cluster any more")
-    cause = queue.cause(ended, _last_words(job, logs))
+    cause = queue.cause(ended, _last_errors(job, logs))
     if cause.kind == "preempted":
         return Status("preempted", cause.sentence, kind=cause.kind)
     if cause.kind == "cancelled":
         return Status("planned", f"job {job} was cancelled", kind=cause.kind)
     if ended.state == "COMPLETED":
         return Status("planned", f"job {job} stopped early")
-    return Status("failed", cause.sentence, kind=cause.kind)
+    return Status("failed", cause.sentence, kind=cause.kind, lines=cause.lines)
 
 
-def _last_words(job: str, logs: str) -> str:
-    """The end of what each rank wrote as errors, for the wording of a cause alone; that of the rank that failed first last."""
+def _last_errors(job: str, logs: str) -> str:
+    """The end of what each rank wrote as errors since the job's last start; that of the rank that failed first last."""
     files = [path for path in output_of(job, logs) if path.suffix == ".err"] if logs else []
-    texts = [path.read_text(errors="replace")[-8000:] for path in files]
+    texts = [text[-8000:] for text in since_last_start([path.read_text(errors="replace") for path in files])]
     return "\n".join(sorted(texts, key=lambda text: not is_of_another_rank(last_words(text))))
 
 

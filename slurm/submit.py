@@ -14,12 +14,13 @@ from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmiss
 
 from bench.files import make_folder
 from slurm import queue
+from slurm.cause import SAY_START
 from slurm.claims import Claim, Work, give_up, note_job, orphan, read_claim, take
 from slurm.profile import Profile
 from slurm.task import Task, Train
 
 # A warning that comes while Python still loads would end it: ignored until the task listens (env --ignore-signal is too new).
-DEAF_WHILE_LOADING = """bash -c 'trap "" USR2; exec "$@"' bash"""
+DEAF_WHILE_LOADING = f"""bash -c 'trap "" USR2; {SAY_START}; exec "$@"' bash"""
 SLACK_SECONDS = 60.0  # Slurm may warn of a time limit so much earlier than it was asked to
 NO_MORE_THAN = 3  # runs that are named
 REQUEUES_OF_SUBMITIT = 1_000_000  # the task counts its own starts, those without progress

@@ -1,9 +1,14 @@
-"""What do the tests of the command line share? A tiny run, `tsbench` called in this process, and a look at a folder."""
+"""What do the tests of the command line share? A tiny run, `tsbench` called in this process, and a look at a folder.
+
+`finished_run` is a fixture, offered to all tests by conftest.py.
+"""
 
 import contextlib
 import io
 from pathlib import Path
 from typing import NamedTuple
+
+import pytest
 
 from bench import cli
 
@@ -23,6 +28,7 @@ TINY = [
     "evaluation.block_size=30",
     "evaluation.kid_subset_size=20",
 ]
+SAVE_OFTEN = ("system.log_every=1", "system.checkpoint_every=1")
 
 
 class Outcome(NamedTuple):
@@ -48,6 +54,19 @@ def train(runs: Path, *settings: str) -> Path:
     outcome = tsbench("train", "--runs", runs, *TINY, *settings)
     assert outcome.code == 0, outcome.err
     (folder,) = set(runs.glob("*")) - before
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its folder, to be copied."""
+    return train(tmp_path_factory.mktemp("finished"), *SAVE_OFTEN)
+
+
+def unfinished(folder: Path) -> Path:
+    """As if it had been killed after training."""
+    for name in ("done", "eval.json", "samples.npz", "diagnostics.npz", "summary.json"):
+        (folder / name).unlink()
     return folder
 
 

@@ -1,5 +1,6 @@
 """What do all tests share? The Slurm cluster, tiny suites to sweep on it or without it, and fixtures of several files."""
 
+from command import finished_run
 from diffusing import golden, linear
 from leases import folder, outside_slurm
 from slurm_cluster import cluster
@@ -8,6 +9,7 @@ from sweeps_here import no_slurm, swept, swept_once
 
 __all__ = [
     "cluster",
+    "finished_run",
     "folder",
     "golden",
     "linear",

@@ -9,13 +9,14 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
+from math import inf
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from attempts import Attempt, assert_apart, attempts_in, attempts_of_works
 from command import tsbench
 from omegaconf import OmegaConf
 from same_runs import assert_nothing_half_written, assert_same_bytes
@@ -64,16 +65,6 @@ SIX = (
     {"method": "remix_dit", "options": {"bases": 2, "experts": 4}},
 )
 REMIX = SIX[-1]
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One start of a job, as the accounting has it."""
-
-    job: str  # 12_3, or 12
-    state: str
-    started: float  # seconds since the epoch; inf if it never was
-    ended: float  # inf while it runs
 
 
 @dataclass(frozen=True)
@@ -206,22 +197,12 @@ class TinySuite:
             assert_nothing_half_written(folder)
 
     def assert_one_at_a_time(self) -> None:
-        """No two jobs worked on one run (or expert) at the same time."""
-        by_job: dict[str, list[Attempt]] = {}
-        for attempt in self.attempts():
-            by_job.setdefault(attempt.job, []).append(attempt)
-        for folder in self.run_folders():
-            jobs = {(session.get("expert"), job_of(session)) for session in sessions(folder)}
-            for expert in {expert for expert, _ in jobs}:
-                spans = sorted(
-                    (attempt.started, attempt.ended)
-                    for of, job in jobs
-                    if of == expert
-                    for attempt in by_job[job]
-                    if attempt.started < attempt.ended
-                )
-                for (_, ended), (started, _) in pairwise(spans):
-                    assert ended <= started, f"{folder.name}: an attempt until {ended}, the next from {started}"
+        """No two jobs had one run (or expert) at the same time, also those that were killed before they saved anything."""
+        wait_until(lambda: all(each.ended < inf for each in self.attempts()), "all attempts are over", PATIENCE_SECONDS)
+        of_works = attempts_of_works(self.attempts(), self.folder / "results" / "jobs" / "suite")
+        known = {attempt.job for each in of_works.values() for attempt in each}
+        assert {job_of(session) for folder in self.run_folders() for session in sessions(folder)} <= known
+        assert_apart(of_works)
 
 
 @pytest.fixture(scope="session")
@@ -247,18 +228,6 @@ def suite_on(cluster: Cluster, folder: Path, undisturbed_runs: Path, monkeypatch
     suite = TinySuite(cluster, folder, undisturbed_runs)
     suite.write_profile()
     return suite
-
-
-def attempts_in(cluster: Cluster, folder: Path) -> list[Attempt]:
-    """Of all jobs that were submitted in this folder."""
-    fields = "--format=jobid,state,start,end,workdir"
-    command = ["env", "SLURM_TIME_FORMAT=%s", "sacct", "--allocations", "--duplicates", "--noheader", "--parsable2", fields]
-    printed = cluster.run(*command, "--starttime=now-1days")
-    lines = [line.split("|") for line in printed.splitlines()]
-    ours = [line for line in lines if line[4] == str(folder)]
-    infinite = float("inf")
-    times = [[float(at) if at.isdigit() else infinite for at in line[2:4]] for line in ours]
-    return [Attempt(line[0], line[1].split()[0], *both) for line, both in zip(ours, times, strict=True)]
 
 
 def sessions(folder: Path) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 import pytest
 from training import RUNS, UNMEASURED, crash_after, drawn, rows, tiny_config, tiny_data, tiny_trainer
 
-from bench import trainer
+from bench import measuring, trainer
 from bench.budget import plan
 from bench.config import BudgetConfig
 from bench.distributed import Agreement, World
@@ -90,7 +90,7 @@ def clock(monkeypatch):
         return slower
 
     monkeypatch.setattr(trainer.Trainer, "step", slow(trainer.Trainer.step, 0.5))
-    monkeypatch.setattr(trainer, "item_losses", slow(trainer.item_losses, 100))
+    monkeypatch.setattr(measuring, "item_losses", slow(measuring.item_losses, 100))
     monkeypatch.setattr(trainer.Trainer, "save", slow(trainer.Trainer.save, 100))
     monkeypatch.setattr(trainer.Journal, "flush", slow(trainer.Journal.flush, 100))
     return clock

@@ -8,7 +8,9 @@ import torch
 from training import differing, drawn, rows, state_of, tiny_trainer
 
 from bench import checkpoint, cli, shares
-from bench.journal import Diverged
+from bench.distributed import World
+from bench.intervals import Interval
+from bench.journal import Diverged, Journal, Record
 from bench.method import Prediction
 from bench.randomness import draw_batch
 
@@ -60,6 +62,18 @@ def test_a_gradient_that_is_not_finite_is_named(monkeypatch):
     next(trained.method.parameters()).register_hook(lambda gradient: gradient * math.inf)
     with pytest.raises(Diverged, match=r"^loss term 'grad_norm' is (inf|nan) at step 0, a batch"):
         trained.step(drawn(trained))
+
+
+def test_of_steps_looked_at_together_the_first_is_named():
+    """And of its intervals the one whose loss it is."""
+    fine, bad = torch.tensor(1.0), torch.tensor(math.nan)
+    losses = [(2, fine, fine), (3, fine, bad), (3, bad, bad), (4, bad, bad)]
+    for of_run, named in ((losses, "'loss' is nan at step 3"), (losses[:2] + losses[3:], "'grad_norm' is nan at step 3")):
+        journal = Journal(None, World())
+        for step, loss, norm in of_run:
+            journal.record(Record(Interval(0, 0, 40), step, {"loss": loss, "grad_norm": norm}, {}, torch.tensor([7])))
+        with pytest.raises(Diverged, match=f"^loss term {named}, a batch of timesteps 7$"):
+            journal.check_finite()
 
 
 def test_nothing_is_saved_after_a_loss_that_is_not_finite(tmp_path, monkeypatch):

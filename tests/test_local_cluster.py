@@ -1,12 +1,23 @@
 """Is the local cluster a real one (nodes, GPUs, accounting, requeue), and does it leave nothing behind?"""
 
 import os
+import pwd
 import shutil
+import subprocess
 import tempfile
 from pathlib import Path
 
 import pytest
-from slurm_cluster import MACHINE_LACKS_SOMETHING, MARK, Cluster, run_script, temporary_cluster, wait_until
+from slurm_cluster import (
+    MACHINE_LACKS_SOMETHING,
+    MARK,
+    SCRIPT,
+    Cluster,
+    free_ports,
+    run_script,
+    temporary_cluster,
+    wait_until,
+)
 
 FAILED = 1  # the script's exit statuses
 WRONGLY_CALLED = 2
@@ -197,3 +208,38 @@ def test_down_leaves_nothing(cluster: Cluster) -> None:
     assert folder.parent.name not in Path("/proc/mounts").read_text()
     # The cluster beside it serves on.
     assert cluster.run("srun", "--mem=100", "echo", "here") == "here\n"
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+@pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("setpriv") is None, reason="becomes another user: run as root, where setpriv is"
+)
+def test_without_root_it_starts_runs_and_leaves_nothing() -> None:
+    """As the user nobody, who cannot read this folder and has no rights of root's."""
+    user, traces = pwd.getpwnam("nobody"), traces_outside()
+    drop = ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups", "--no-new-privs"]
+
+    def as_user(*command: str, **settings: str) -> subprocess.CompletedProcess[str]:
+        environment = {"PATH": os.environ["PATH"], "HOME": place, **settings}
+        return subprocess.run(
+            [*drop, *command], cwd=place, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
+        )
+
+    with tempfile.TemporaryDirectory(prefix="tsbench-") as place:
+        for script in SCRIPT.parent.glob("local_cluster*.sh"):
+            shutil.copy(script, place)
+        shutil.chown(place, user.pw_name)
+        folder, command = Path(place) / "slurm", f"{place}/{SCRIPT.name}"
+        try:
+            up = as_user(command, "up", str(folder), CLUSTER_NODES="2", CLUSTER_PORT=str(free_ports()))
+            if up.returncode == MACHINE_LACKS_SOMETHING:
+                pytest.skip(up.stderr.strip())
+            assert up.returncode == 0, up.stderr
+            job = as_user("srun", "--nodes=2", "--mem=100", "id", "-un", SLURM_CONF=f"{folder}/slurm.conf")
+            assert (job.stdout, job.returncode) == (f"{user.pw_name}\n" * 2, 0), job.stderr
+        finally:
+            down = as_user(command, "down", str(folder))
+        assert down.returncode == 0 and not folder.exists()
+        assert processes_of(folder) == []
+    assert traces_outside() == traces

@@ -1,24 +1,18 @@
 """Does what is timed together fit into memory, and is each beside its baselines wherever the two fit?"""
 
-import math
 from typing import Any
 
 import pytest
-import torch
-from training import UNMEASURED
+from timing import PLAIN, SIZE
 
 from bench.throughput import measure
-from bench.throughput.clock import time_in_turns
 from bench.throughput.contest import Contestant, Group, Setup, contestants, groups_of
-from bench.throughput.entrant import LIBRARIES, Count, Entrant, Plain, count_of
-from bench.throughput.measure import SAMPLING, TRAINING, Task, measure_all
-from bench.throughput.memory import Memory, free_bytes
+from bench.throughput.count import Count, count_of
+from bench.throughput.entrant import Entrant
+from bench.throughput.measure import Task, measure_all
 from bench.throughput.pieces import Need, bytes_together, pieces
-from methods.naive import make_plain
-from methods.naive_updates import loop_updates
+from bench.throughput.rows import SAMPLING, TRAINING, Row
 
-SIZE = "2x16x2/8"
-PLAIN = Plain(make_plain, loop_updates)
 AGAINST = ("naive", "dense")
 
 
@@ -65,55 +59,18 @@ def test_what_fits_nowhere_is_by_itself_and_takes_nobody_with_it() -> None:
     assert cut({who: Need(100, 1) for who in needs}, 10.0) == [["dtr naive"], ["dtr"], ["dense"]]
 
 
-# What is counted
-
-
-@pytest.mark.parametrize("method", ["dense", "dit_moe", "remix_dit"])
-def test_plain_code_needs_no_more_than_was_counted(method: str) -> None:
-    """Its attention weights, 2 blocks x 8 images x 4 heads x 256 x 256, are a third of the peak or more of dense."""
-    contestant, setup = Contestant(method, "2x64x4/2", 8, plain=True), Setup()
-    count = count_of(contestant, setup)
-    if math.isnan(Memory(torch.device("cpu")).peak_bytes()):
-        pytest.skip("this system does not let a process reset its peak")
-    peak = Entrant(contestant, setup, count, PLAIN).peak_memory_bytes
-    assert 2 * 8 * 4 * 256 * 256 * 4 < peak <= count.need.peak
-    assert count.need.peak <= 2 * peak + LIBRARIES + 64e6  # nor is it a figure that nothing exceeds
-
-
-def test_who_rests_holds_no_gradients() -> None:
-    entrant = Entrant(Contestant("dense", SIZE, 4), Setup(), Count(UNMEASURED, Need(0)), PLAIN)
-    parameters = list(entrant.trainer.method.parameters())
-    assert all(parameter.grad is None for parameter in parameters)
-    entrant.train()
-    assert any(parameter.grad is not None for parameter in parameters)
-    entrant.rest()
-    assert all(parameter.grad is None for parameter in parameters)
-
-
-def test_each_rests_after_its_own_turn() -> None:
-    log: list[str] = []
-    runs = {who: lambda who=who: log.append(who) for who in "ab"}  # type: ignore[misc]
-    time_in_turns(runs, 1, lambda: None, rest=lambda who: log.append(f"{who} rests"))
-    assert log == ["a", "a rests", "b", "b rests"] * 2
-
-
-def test_a_gpu_refuses_by_itself() -> None:
-    assert free_bytes(torch.device("cuda")) == float("inf")
-    assert free_bytes(torch.device("cpu")) > 0
-
-
 # Rows
 
 
-def rows_with(monkeypatch: pytest.MonkeyPatch, needs: dict[str, Need], free: float) -> dict[tuple[str, str], measure.Row]:
-    """Of the group above, counted and timed for real where `needs` allow it."""
+def rows_with(monkeypatch: pytest.MonkeyPatch, needs: dict[str, Need], free: float) -> dict[tuple[str, str], Row]:
+    """Of the group above, timed for real where `needs` allow it; plain code needs as much as ours unless they say so."""
 
     def count(contestant: Contestant, setup: Setup) -> Count:
-        return Count(count_of(contestant, setup).cost, needs[contestant.method])
+        return Count(count_of(contestant, setup).cost, needs.get(name(contestant), needs[contestant.method]))
 
     monkeypatch.setattr(measure, "count_of", count)
     monkeypatch.setattr(measure, "free_bytes", lambda device: free)
-    monkeypatch.setattr("bench.throughput.memory.free_bytes", lambda device: free)
+    monkeypatch.setattr(measure, "measure_peak", lambda device, precision: 1e12)
     (rows,) = measure_all(contestants(["dtr"], [SIZE], [4], ["fp32"], "none"), Task(Setup(), PLAIN, AGAINST, 2))
     assert len(rows) == 6
     return {(row["what"], row["method"] + " naive" * (row["code"] == "naive")): row for row in rows}
@@ -165,10 +122,41 @@ def test_what_could_not_be_timed_has_a_note_and_no_number(monkeypatch: pytest.Mo
     for what in (TRAINING, SAMPLING):
         for who in ("dtr", "dtr naive"):
             row = rows[what, who]
-            assert row["note"] == "out of memory: it needs about 10.0 GB, and 9.0 GB are free (beside 0 others)"
+            assert row["note"] == "not tried: needs about 10.0 GB, 9.0 GB are free"
             assert row["rounds"] == 0
             numbers = [
                 value for key, value in row.items() if isinstance(value, int | float) and key not in ("batch_size", "rounds")
             ]
             assert numbers == []
         assert rows[what, "dense"]["step_seconds"] > 0 and rows[what, "dense"]["note"] == ""
+
+
+def test_what_plain_code_needs_does_not_refuse_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[str] = []
+    monkeypatch.setattr(
+        measure, "Entrant", lambda contestant, *others: built.append(name(contestant)) or Entrant(contestant, *others)
+    )
+    rows = rows_with(monkeypatch, {"dtr naive": Need(10e9, 1e9), "dtr": Need(5e9, 1e9), "dense": Need(2e9, 5e8)}, 9e9)
+    assert built == ["dtr", "dense"]
+    for what in (TRAINING, SAMPLING):
+        assert rows[what, "dtr naive"]["note"] == "not tried: needs about 10.0 GB, 9.0 GB are free"
+        own = rows[what, "dtr"]
+        assert own["step_seconds"] > 0 and own["speed_over_naive"] is None and own["speed_over_dense"] > 0
+        assert own["note"].startswith("not timed beside naive: all together need about")
+
+
+@pytest.mark.parametrize(("fails", "goes"), [(TRAINING, SAMPLING), (SAMPLING, TRAINING)])
+def test_a_note_is_on_the_row_of_what_could_not_be_timed(monkeypatch: pytest.MonkeyPatch, fails: str, goes: str) -> None:
+    def fail() -> None:
+        raise MemoryError("none is left")
+
+    def build(contestant: Contestant, *others: Any) -> Entrant:
+        entrant = Entrant(contestant, *others)
+        if name(contestant) == "dtr":
+            setattr(entrant, "train" if fails == TRAINING else "sample", fail)
+        return entrant
+
+    monkeypatch.setattr(measure, "Entrant", build)
+    rows = rows_with(monkeypatch, {"dtr": Need(1e9, 1e8), "dense": Need(1e9, 1e8)}, 9e9)
+    assert rows[fails, "dtr"]["note"] == "out of memory: none is left" and rows[fails, "dtr"]["step_seconds"] is None
+    assert rows[goes, "dtr"]["note"] == "" and rows[goes, "dtr"]["step_seconds"] > 0

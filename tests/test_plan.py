@@ -160,7 +160,7 @@ def test_it_takes_settings_a_file_a_run_or_a_suite_and_writes_nothing(tmp_path: 
 def test_what_is_not_possible_is_refused() -> None:
     assert_refused(tsbench("plan", "nowhere"), "there is no suite 'nowhere'")
     assert_refused(tsbench("plan", "--devices", "0"), "--devices is 0")
-    assert_refused(tsbench("plan", "--devices", "5"), "train.batch_size 32 cannot be shared by 5 ranks")
+    assert_refused(tsbench("plan", "--devices", "5"), "train.batch_size 32 cannot be shared equally by 5 ranks")
     assert_refused(tsbench("plan", "--profile", "nowhere"), "there is no cluster profile")
     assert_refused(tsbench("plan", "model.size=Q/2"), "size 'Q/2' is not known")
     assert_refused(tsbench("plan", "data.name=latents"), "data.path is empty")

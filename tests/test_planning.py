@@ -57,8 +57,26 @@ def test_ranks_and_micro_batches_share_a_step() -> None:
     in_parts = plan({"method": "remix_dit"}, settings=("train.micro_batches=4",))[0]
     assert alone.train_flops < shared.train_flops == in_parts.train_flops
     assert alone.memory_bytes > shared.memory_bytes == in_parts.memory_bytes
-    with pytest.raises(ValueError, match=r"^train.batch_size 32 cannot be shared by 3 ranks in 1 micro-batches each: [^\n]*of 3"):
-        plan(DENSE, world_size=3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "world_size", "message"),
+    [
+        ((), 3, r"^train.batch_size 32 cannot be shared equally by 3 ranks: choose a multiple of 3, or another number of ranks$"),
+        (("train.micro_batches=16",), 4, r"^8 images per rank cannot be cut into 16 micro-batches: choose a divisor[^\n]*$"),
+        (
+            ("train.intervals_per_step=32", "train.micro_batches=8"),
+            1,
+            r"^1 image per rank and interval cannot be cut into 8 micro-batches: [^\n]*, or a smaller train.intervals_per_step$",
+        ),
+        (("train.intervals_per_step=4",), 3, r"^train.intervals_per_step 4 cannot be shared equally by 3 ranks: [^\n]*$"),
+    ],
+)
+def test_a_batch_that_cannot_be_divided_is_refused_in_the_words_of_who_divides_it(
+    settings: tuple[str, ...], world_size: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan({"method": "remix_dit"}, settings=settings, world_size=world_size)
 
 
 def test_device_hours_are_of_the_speed_given_or_of_the_budget() -> None:

@@ -97,7 +97,7 @@ def test_a_job_runs_the_code_of_its_snapshot(line: str, tmp_path: Path) -> None:
     command = f"{profile.python_command} -u -m bench"
     for environment in ({}, {"PYTHONPATH": str(edited), "HOME": str(edited)}):
         done = run_setup(profile, tmp_path / "the snapshot's", command, edited, **environment)
-        assert (done.stdout, done.stderr) == ("the snapshot's\n", "")
+        assert (done.stdout, done.stderr) == ("the snapshot's\n", "tsbench: start 1 of this job\n")
 
 
 def test_set_up_ends_the_job_at_the_first_line_that_fails(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 import copy
 import json
-from dataclasses import asdict
+import math
+from collections import Counter
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -12,13 +14,14 @@ from test_ranks import on_ranks
 from test_sharding import gathered_state, sharded_trainer
 from training import RUNS, crash_after, differing, rows, saved, state_of, tiny_config, tiny_trainer
 
-from bench import job
+from bench import job, randomness
 from bench.config import content_hash
 from bench.distributed import World
 from bench.files import read_yaml
 from bench.flops import measure
 from bench.intervals import interval_at_step
 from bench.journal import Diverged
+from bench.method import Prediction
 from bench.planning import plan_runs
 from bench.prepare import place_config
 from bench.randomness import draw_batch
@@ -55,6 +58,40 @@ def test_ranks_together_train_each_row_once_in_the_interval_of_its_part(num_inte
         assert all(((batch.t >= batch.interval.start) & (batch.t < batch.interval.stop)).all() for batch in drawn)
         for name in ("x0", "noise", "y"):
             assert torch.equal(torch.cat([getattr(batch, name) for batch in drawn]), getattr(whole, name))
+
+
+@pytest.mark.parametrize("settings", [(FOUR,), (FOUR, "data.flip=true", "train.label_dropout=0.5"), ("data.flip=true",)])
+def test_shares_are_drawn_together_and_are_what_each_would_draw(settings, monkeypatch):
+    """To the bit; but images are read once, and the numbers of the whole batch drawn once."""
+    trained = tiny_trainer("remix_dit", *settings)
+    drawn_for, reads, generator = Counter(), [], randomness.generator
+
+    class Images:
+        labels = trained.data.train.labels
+
+        def __len__(self):
+            return len(trained.data.train)
+
+        def batch(self, indices):
+            reads.append(indices)
+            return trained.data.train.batch(indices)
+
+    def counted(seed, purpose, *place):
+        drawn_for[purpose] += 1
+        return generator(seed, purpose, *place)
+
+    intervals = intervals_of(3, trained.method, trained.config)
+    for size in (1, 2):
+        shares = shares_of(trained.config.train, trained.method, World(size - 1, size))
+        expected = [draw_batch(3, intervals[s.place], trained.config, trained.data, 0.25, s.rows) for s in shares]
+        with monkeypatch.context() as patched:
+            patched.setattr(randomness, "generator", counted)
+            batches = draw_shares(3, intervals, shares, trained.config, replace(trained.data, train=Images()), 0.25)
+        for batch, one in zip(batches, expected, strict=True):
+            assert all(torch.equal(getattr(batch, name), getattr(one, name)) for name in ("x0", "noise", "t", "y"))
+            assert (batch.interval, batch.progress, batch.intervals_of_step) == (one.interval, 0.25, intervals)
+        assert len(reads) == drawn_for["noise"] == drawn_for["label dropout"] == size
+        assert drawn_for["flip"] == (size if trained.config.data.flip else 0)
 
 
 @pytest.mark.parametrize("num_intervals", [1, 2, 4])
@@ -122,6 +159,32 @@ def test_what_is_not_finite_is_named_whichever_part_it_is_in():
     with pytest.raises(Diverged, match=rf"^loss term 'mse' is nan at step 0, for timesteps {int(bad.t[1])}$"):
         trained.step(*batches)
     assert not differing(before, state_of(trained))
+
+
+def test_a_penalty_that_is_not_finite_is_named_whichever_part_it_is_in(monkeypatch):
+    trained = tiny_trainer("remix_dit", FOUR)
+    batches, forward = batches_of(trained), type(trained.method).forward
+    assert batches[1].interval != batches[0].interval
+
+    def breaks(self, x, t, y, interval, progress=0.0):
+        prediction = forward(self, x, t, y, interval, progress)
+        factor = math.inf if interval == batches[1].interval else 1.0
+        return Prediction(prediction.output, {name: penalty * factor for name, penalty in prediction.penalties.items()})
+
+    monkeypatch.setattr(type(trained.method), "forward", breaks)
+    with pytest.raises(Diverged, match=r"^loss term 'penalty/mixing_prior' is (inf|nan) at step 0, a batch of timesteps \d+, "):
+        trained.step(*batches)
+
+
+def test_a_step_takes_one_batch_of_each_share_that_name_its_intervals():
+    trained = tiny_trainer("remix_dit", FOUR)
+    batches = batches_of(trained)
+    for wrong in (batches[:1], batches[:3], [batch._replace(intervals_of_step=()) for batch in batches]):
+        with pytest.raises(AssertionError, match="one batch of each share"):
+            trained.step(*wrong)
+    with pytest.raises(AssertionError, match="one batch of each share"):
+        tiny_trainer("remix_dit").step(*(batch._replace(intervals_of_step=()) for batch in batches))
+    trained.step(*batches)
 
 
 def test_a_resumed_run_is_the_one_that_was_never_interrupted(tmp_path):

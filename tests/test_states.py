@@ -3,49 +3,26 @@
 import json
 import os
 import time
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from claimed import BUDGET, JOB, claim, claimed_run, ended, live, no_difference, status
 
 from bench import lease
 from bench.files import write_json_atomically
-from bench.runs import Run, expert_folder
-from slurm import queue, states
-from slurm.accounting import EndedJob
-from slurm.claims import Claim, Work, started_at
-from slurm.queue import LiveJob
-from slurm.states import Known, Status, ask_cluster, status_of
+from bench.runs import expert_folder
+from slurm import states
+from slurm.claims import Work, started_at
+from slurm.states import Known, Status, status_of
 
-BUDGET = {"unit": "images", "amount": 1000}
-JOB = "12_3"
 TRACEBACK = "Traceback (most recent call last):"
-ENDED = EndedJob(JOB, "tsbench-1", "FAILED", None, 1, 0, "n1", 100.0, 160.0, 60.0, 20, 10**9)
 HELD = {"host": "elsewhere", "boot_id": "b", "node": "n9", "pid": 7, "cluster": "", "job": "", "num_restarts": 0, "flock": False}
-
-
-def live(state: str, reason: str = "", name: str = "tsbench-1") -> dict[str, LiveJob]:
-    return {JOB: LiveJob(JOB, name, state, reason, "n1", None, None, 0)}
-
-
-def ended(state: str, **changes: Any) -> dict[str, EndedJob]:
-    return {JOB: replace(ENDED, state=state, **changes)}
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Of a run that has been prepared and claimed."""
-    path = tmp_path / "runs" / "dense-0123456789"
-    path.mkdir(parents=True)
-    (path / "config.yaml").write_text("{method: dense, seed: 0, budget: {}, diffusion: {}}\n")
-    claim(path)
-    return path
-
-
-def claim(place: Path, **changes: Any) -> None:
-    record = asdict(Claim("tsbench-1", 3, "login1", os.getpid(), time.time(), JOB, str(place), ""))
-    write_json_atomically(place / "job.json", {**record, **changes})
+    return claimed_run(tmp_path)
 
 
 def begin(place: Path, images_seen: int = 250) -> None:
@@ -60,14 +37,6 @@ def hold(place: Path, seconds_ago: float = 0.0) -> None:
     file = place / "lease" / "t.json"
     file.write_text(json.dumps({"token": "t", "taken": "2030-01-01T00:00:00Z", **HELD}))
     os.utime(file, (time.time() - seconds_ago,) * 2)
-
-
-def no_difference(run: Run) -> list[str]:
-    return []
-
-
-def status(folder: Path, known: Known = states.NOTHING, difference: states.CodeDifference = no_difference, **more: Any) -> Status:
-    return status_of([Work(folder, folder)], known, difference, BUDGET, **more)
 
 
 def test_nothing_is_there_yet(tmp_path: Path) -> None:
@@ -241,70 +210,3 @@ def test_one_expert_by_other_code_makes_the_run_stale(folder: Path) -> None:
     begin(expert_folder(folder, 1))
     told = of_experts(folder, difference=lambda run: ["bench/a.py changed"] if run.path.name == "1" else [])
     assert told.state == "stale" and told.changed == ("bench/a.py changed",)
-
-
-# Asking the cluster
-
-
-def answers(monkeypatch: pytest.MonkeyPatch, **of_queue: Any) -> list[str]:
-    """Let `slurm.queue` answer so (or raise); which of its functions were asked."""
-    asked: list[str] = []
-
-    def answering(name: str, answer: Any) -> Any:
-        def ask(*arguments: Any) -> Any:
-            asked.append(name)
-            if isinstance(answer, Exception):
-                raise answer
-            return answer
-
-        return ask
-
-    for name, answer in {"cluster_is_here": (True, ""), **of_queue}.items():
-        monkeypatch.setattr(queue, name, answering(name, answer))
-    return asked
-
-
-def test_the_cluster_is_asked_only_about_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = answers(monkeypatch)
-    assert ask_cluster([Work(tmp_path, tmp_path)]) == states.NOTHING and not asked
-
-
-def test_one_question_each(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = answers(monkeypatch, live_jobs=live("RUNNING"), ended_jobs=ended("PREEMPTED"))
-    assert ask_cluster([Work(folder, folder)] * 3) == Known(live("RUNNING"), ended("PREEMPTED"))
-    assert asked == ["cluster_is_here", "live_jobs", "ended_jobs"]
-
-
-@pytest.mark.parametrize("late", [{}, ended("REQUEUED", followed_by="RUNNING")], ids=["nothing", "an earlier attempt"])
-def test_what_the_accounting_has_not_heard_of_yet_the_controller_tells(
-    late: dict[str, EndedJob], folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    answers(monkeypatch, live_jobs={}, ended_jobs=late, recently_ended=ended("CANCELLED"))
-    known = ask_cluster([Work(folder, folder)])
-    assert known == Known({}, ended("CANCELLED"))
-    assert status(folder, known).kind == "cancelled"
-
-
-def test_an_accounting_that_is_down_is_a_warning(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    down = queue.AccountingUnavailable("sacct fails: no database")
-    answers(monkeypatch, live_jobs={}, ended_jobs=down, recently_ended=ended("TIMEOUT"))
-    known = ask_cluster([Work(folder, folder)])
-    assert known.answers and known.warning == "the accounting does not answer (sacct fails: no database): causes may be missing"
-    assert status(folder, known).kind == "time limit"
-
-
-@pytest.mark.parametrize(
-    "of_queue",
-    [
-        {"cluster_is_here": (False, "its controller does not answer")},
-        {"live_jobs": queue.ClusterUnreachable("the cluster does not answer squeue")},
-        {"live_jobs": {}, "ended_jobs": {}, "recently_ended": queue.ClusterUnreachable("the cluster does not answer squeue")},
-    ],
-)
-def test_of_a_cluster_that_does_not_answer_nothing_is_known(
-    of_queue: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    answers(monkeypatch, **of_queue)
-    known = ask_cluster([Work(folder, folder)])
-    assert not known.answers and not known.live and not known.ended and "does not answer" in known.warning
-    assert status(folder, known).detail.endswith("cannot be asked")

@@ -7,10 +7,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from attempts import Attempt
 from command import tsbench
 from same_runs import assert_nothing_half_written, assert_same_bytes
 from slurm_cluster import Cluster, wait_until
-from sweeping import LONG, MIDDLE, PATIENCE_SECONDS, REMIX, SIX, Attempt, TinySuite, images_seen, sessions, tasks_of
+from sweeping import LONG, MIDDLE, PATIENCE_SECONDS, REMIX, SIX, TinySuite, images_seen, sessions, tasks_of
 from training import exit_codes_of
 
 from bench import checkpoint
@@ -163,6 +164,27 @@ def test_a_killed_task_is_a_failure_that_the_next_sweep_mends(tiny_suite: TinySu
     assert lost_images(tiny_suite) == undone
     tiny_suite.assert_one_at_a_time()
     tiny_suite.assert_as_undisturbed()
+
+
+@pytest.mark.slow
+def test_a_set_up_that_fails_after_a_kill_is_told_as_such(tiny_suite: TinySuite) -> None:
+    """The same job writes into the same files; what killed it before is over, and what ends it now no new attempt mends."""
+    tiny_suite.write(REMIX, **MIDDLE)
+    broken = tiny_suite.folder / "broken"
+    tiny_suite.write_profile(setup=[f"if [ -e {broken} ]; then echo 'module: not found' >&2; exit 3; fi"])
+    tiny_suite.sweep()
+    tiny_suite.wait_for_images(BEGUN // 3)
+    (name,) = tiny_suite.status().jobs
+    os.kill(*tasks_of(name), signal.SIGKILL)
+    tiny_suite.wait_for("failed")
+    assert tiny_suite.status().kind == "killed"
+    broken.touch()
+    tiny_suite.cluster.run("scontrol", "requeue", name)
+    tiny_suite.assert_ended("REQUEUED", "FAILED")
+    status = tiny_suite.wait_for("failed")[tiny_suite.run_folder().name]
+    assert status.kind == "code" and status.detail == f"job {name} failed with exit code 3: module: not found"
+    tiny_suite.sweep()
+    assert tiny_suite.queue_is_empty() and len(tiny_suite.attempts()) == 2
 
 
 def test_experts_in_jobs_of_their_own(tiny_suite: TinySuite) -> None:

@@ -157,6 +157,7 @@ def test_code_that_is_edited_while_a_job_waits(tiny_suite: TinySuite) -> None:
     (job,) = tiny_suite.status().jobs
     tiny_suite.cluster.run("scontrol", "release", job)
     tiny_suite.wait_for("done")
+    wait_until(tiny_suite.queue_is_empty, "the job is over")
     tiny_suite.assert_as_undisturbed()
     folder = tiny_suite.run_folder()
     (before,), old = sessions(folder), read_run(folder).provenance["code_hash"]
@@ -170,6 +171,7 @@ def test_code_that_is_edited_while_a_job_waits(tiny_suite: TinySuite) -> None:
     assert tiny_suite.queue_is_empty()
     run_from(checkout, tiny_suite, *tiny_suite.command("--only", "stale"))
     wait_until((folder / "done").exists, "the run is over", PATIENCE_SECONDS)
+    wait_until(tiny_suite.queue_is_empty, "its job, too")
     assert [status["state"] for status in look_from(checkout, tiny_suite)] == ["done"]
     (aside,) = (tiny_suite.runs / "set_aside").iterdir()
     assert_same_bytes(aside, *tiny_suite.undisturbed())

@@ -72,7 +72,7 @@ def test_the_plan_follows_the_profile_and_the_settings(tmp_path: Path) -> None:
         assert f"#SBATCH --{option}\n" in outcome.out
     assert outcome.out.index("set -e\n") < outcome.out.index("module load x\n") < outcome.out.index("export PYTHONPATH")
     refused = sweep(suite, tmp_path / "runs", "--profile", profile, "--dry-run", "train.batch_size=2", cluster="slurm")
-    assert_refused(refused, "batch_size 2 cannot be shared by 4 ranks", "a multiple of 4")
+    assert_refused(refused, "batch_size 2 cannot be shared equally by 4 ranks", "a multiple of 4")
 
 
 def test_the_jobs_of_a_suite_with_a_dot_in_its_name_write_into_a_folder_of_their_own(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def quarters() -> list[slice]:
 def test_micro_batches_that_do_not_fit_a_rank_are_refused():
     with pytest.raises(ValueError, match=r"^4 images per rank cannot be cut into 8 micro-batches: choose [^\n]*$"):
         tiny_trainer("dense", "train.micro_batches=8", world=World(0, 2))
-    with pytest.raises(ValueError, match=r"^a batch of 8 cannot be shared equally by 3 ranks: [^\n]*$"):
+    with pytest.raises(ValueError, match=r"^train.batch_size 8 cannot be shared equally by 3 ranks: [^\n]*$"):
         tiny_trainer("dense", world=World(0, 3))
 
 

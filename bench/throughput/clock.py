@@ -12,6 +12,9 @@ import numpy as np
 import torch
 
 Key = TypeVar("Key", bound=Hashable)
+Call = Callable[[], object]
+Part = Callable[[str, int, torch.device], tuple[Call, Call]]
+"""A size ("S/2"), a batch size and a device -> two calls that compute the same: ours, and that in plain code."""
 MOST_CALLS = 100  # in one turn
 
 
@@ -40,13 +43,13 @@ def synchroniser(device: torch.device) -> Callable[[], None]:
     return lambda: None
 
 
-def calls_per_turn(run: Callable[[], object], wait: Callable[[], None], least_seconds: float) -> int:
+def calls_per_turn(run: Call, wait: Callable[[], None], least_seconds: float) -> int:
     """How often to call in one turn, so that it lasts long enough to be timed; on a GPU, launches then overlap as in training."""
     seconds = time_turn(run, wait, 1)
     return max(1, min(MOST_CALLS, round(least_seconds / max(seconds, 1e-9))))
 
 
-def time_turn(run: Callable[[], object], wait: Callable[[], None], num_calls: int) -> float:
+def time_turn(run: Call, wait: Callable[[], None], num_calls: int) -> float:
     """Seconds of one call, over `num_calls` in a row."""
     wait()
     started = time.perf_counter()
@@ -57,7 +60,7 @@ def time_turn(run: Callable[[], object], wait: Callable[[], None], num_calls: in
 
 
 def time_in_turns(
-    runs: Mapping[Key, Callable[[], object]],
+    runs: Mapping[Key, Call],
     repeats: int,
     wait: Callable[[], None],
     least_seconds: float = 0.0,

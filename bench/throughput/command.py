@@ -16,10 +16,10 @@ from rich.console import Console
 if TYPE_CHECKING:  # imports are made where they are needed, so that help and refusals come at once
     import pandas as pd
 
+    from bench.throughput.clock import Part
     from bench.throughput.contest import Setup
     from bench.throughput.entrant import Plain
-    from bench.throughput.measure import Row
-    from bench.throughput.parts import Part
+    from bench.throughput.rows import Row
 
 WIDTH = 140  # of what is not printed to a terminal
 EPILOG = """examples:

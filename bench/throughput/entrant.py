@@ -6,7 +6,7 @@ with both halves in one batch, and the step of the walk. Batches are drawn befor
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,21 +17,19 @@ from bench.config import RunConfig
 from bench.data import DataSource
 from bench.data.source import TensorImages
 from bench.diffusion import guide
-from bench.flops import Cost, measure
-from bench.memory import training_memory
+from bench.flops import Cost
+from bench.intervals import interval_of
 from bench.method import Method
+from bench.randomness import Batch
 from bench.sample import make_sampler
 from bench.shares import draw_shares, intervals_of
+from bench.throughput.clock import Call
 from bench.throughput.contest import CHANNELS, INPUT_SIZE, NUM_CLASSES, Contestant, Setup, config_of
 from bench.throughput.memory import Memory
-from bench.throughput.pieces import Need
 from bench.trainer import Trainer
 
 MOST_BATCHES = 4
 NUM_IMAGES = 1024
-# What a step needs beside what it keeps for its backward pass, from peaks that were measured (LOG.md): as a part of that for
-# gradients on their way and gaps between pieces, and bytes for the libraries' own.
-PASSING, LIBRARIES = 0.25, 200e6
 
 
 class Plain(NamedTuple):
@@ -49,41 +47,20 @@ def synthetic_latents() -> DataSource:
     return DataSource("synthetic latents", NUM_CLASSES, CHANNELS, INPUT_SIZE, part, part, lambda: "synthetic", pixels=False)
 
 
-class Count(NamedTuple):
-    """Of a method in a setting; counted without allocating it."""
-
-    cost: Cost
-    need: Need
-
-
-def count_of(contestant: Contestant, setup: Setup) -> Count:
-    """Of a plain version as of ours: on the meta device attention keeps all weights (B, heads, N, N), as plain code does and ours
-    does not, and sorted rows are as many as those behind masks. In fp32; bf16 needs less.
-    """
-    with torch.device("meta"):
-        method = job.build_method(config_of(contestant, setup), synthetic_latents())
-    shape = (CHANNELS, INPUT_SIZE, INPUT_SIZE)
-    memory = training_memory(method, shape, contestant.batch_size)
-    held = memory.total - memory.activations  # gradients go, but the sampler may have weights of its own
-    need = Need(held + (1 + PASSING) * memory.activations + LIBRARIES, held)
-    return Count(measure(method, shape, NUM_CLASSES), need)
-
-
 class Entrant:
     """A contestant that is built and warm."""
 
-    def __init__(self, contestant: Contestant, setup: Setup, count: Count, plain: Plain) -> None:
+    def __init__(self, contestant: Contestant, setup: Setup, cost: Cost, plain: Plain) -> None:
         config, data, device = config_of(contestant, setup), synthetic_latents(), torch.device(setup.device)
         memory = Memory(device)
-        memory.expect(count.need.peak)
         method = job.build_method(config, data)
-        trainer = Trainer(plain.method(method) if contestant.plain else method, config, data, cost=count.cost)
+        trainer = Trainer(plain.method(method) if contestant.plain else method, config, data, cost=cost)
         if contestant.plain:
             plain.updates(trainer)
         self.contestant, self.trainer = contestant, trainer
-        self.train = training_step(trainer, data)
-        self.num_warmup = min(MOST_BATCHES, max(2, len(trainer.intervals)))
-        for _ in range(self.num_warmup):  # every interval once: states are made and code is compiled when they are first met
+        batches = draw_batches(trainer, data)
+        self.train = training_step(trainer, batches)
+        for _ in batches:  # each once: states are made and code is compiled when an interval is first met
             self.train()
         self.settle()
         self.peak_memory_bytes, self.memory_kind = memory.peak_bytes(), memory.kind
@@ -101,27 +78,30 @@ class Entrant:
         self.trainer.optimizer.zero_grad(set_to_none=True)
 
 
-def training_step(trainer: Trainer, data: DataSource) -> Callable[[], object]:
-    """One step of the trainer on the next of a few batches."""
-    num_batches = min(MOST_BATCHES, max(2, len(trainer.intervals)))
+def draw_batches(trainer: Trainer, data: DataSource) -> list[list[Batch]]:
+    """Of the first few steps."""
     batches = []
-    for step in range(num_batches):
+    for step in range(min(MOST_BATCHES, max(2, len(trainer.intervals)))):
         intervals = intervals_of(step, trainer.method, trainer.config)
         drawn = draw_shares(step, intervals, trainer.shares, trainer.config, data, 0.5)
         batches.append([batch.to(trainer.device) for batch in drawn])
+    return batches
+
+
+def training_step(trainer: Trainer, batches: Sequence[Sequence[Batch]]) -> Call:
+    """One step of the trainer on the next of a few batches."""
     following = itertools.cycle(batches)
     return lambda: trainer.step(*next(following))
 
 
-def sampling_step(method: Method, config: RunConfig, data: DataSource, device: torch.device) -> Callable[[], object]:
+def sampling_step(method: Method, config: RunConfig, data: DataSource, device: torch.device) -> Call:
     """One step of the walk near its middle, for a batch of images."""
     sampler = make_sampler(config.diffusion, config.evaluation, config.model, data)
     walk, size = sampler.walk.of_block(), config.evaluation.block_size
     place = len(walk.times) // 2
     timestep = int(walk.times[place])
-    interval = next(each for each in method.intervals if each.start <= timestep < each.stop)
     with torch.no_grad():
-        denoiser = method.specialise(interval)
+        denoiser = method.specialise(interval_of(timestep, method.intervals))
     if config.system.compile_sampling:
         denoiser = torch.compile(denoiser, dynamic=False)
     x, t = torch.randn(size, *sampler.image_shape, device=device), torch.full((size,), timestep, device=device)

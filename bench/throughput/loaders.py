@@ -1,6 +1,7 @@
 """How fast is a batch read, beside the same from one file for each image?
 
-Both read on one thread what the page cache holds already: what is compared is gathering with opening and decoding.
+Both read on one thread what the page cache holds already: what is compared is gathering with opening and decoding. The
+size of a network and the device do not matter.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,10 +15,8 @@ from torch import Tensor
 from bench.config import DataConfig
 from bench.data import ImageSet, load_data
 from bench.data.packed import pack
+from bench.throughput.clock import Call, Part
 from bench.throughput.contest import CHANNELS, INPUT_SIZE
-
-Call = Callable[[], object]
-MakeCalls = Callable[[str, int, torch.device], tuple[Call, Call]]  # size and device do not matter
 
 NUM_FILES = 2048  # latents: 32 MB in float32
 NUM_PHOTOS = 256  # 50 MB packed
@@ -25,7 +24,7 @@ PHOTO_WIDTH, PHOTO_HEIGHT, PHOTO_QUALITY = 500, 375, 90  # of a JPEG; the most c
 IMAGE_SIZE = 256
 
 
-def latent_loader(folder: Path) -> MakeCalls:
+def latent_loader(folder: Path) -> Part:
     """A batch of latents gathered from one memory-mapped file, or from as many files of one image each."""
 
     def make(size: str, batch_size: int, device: torch.device) -> tuple[Call, Call]:
@@ -37,7 +36,7 @@ def latent_loader(folder: Path) -> MakeCalls:
     return make
 
 
-def image_loader(folder: Path) -> MakeCalls:
+def image_loader(folder: Path) -> Part:
     """A batch of 256x256 images gathered from what `tsbench pack` writes, or from JPEGs of 500x375, each decoded by Pillow,
     resized and cropped: the two data sets as training reads them.
     """
@@ -50,7 +49,7 @@ def image_loader(folder: Path) -> MakeCalls:
     return make
 
 
-LOADERS: dict[str, Callable[[Path], MakeCalls]] = {"loader": latent_loader, "loader, images": image_loader}
+LOADERS: dict[str, Callable[[Path], Part]] = {"loader": latent_loader, "loader, images": image_loader}
 
 
 def image_sets(folder: Path, count: int) -> tuple[ImageSet, ImageSet]:

@@ -1,7 +1,6 @@
 """How fast is a part alone, beside the same in plain code?
 
-A part is made from a size ("S/2"), a batch size and a device, and gives two calls that compute the same: ours and the
-plain one. Those of the methods are handed in; the loaders are in `bench.throughput.loaders`.
+Those of the methods are handed in; the loaders are in `bench.throughput.loaders`.
 """
 
 import tempfile
@@ -11,12 +10,10 @@ from pathlib import Path
 
 import torch
 
-from bench.throughput.clock import speed_ratio, spread_of, synchroniser, time_in_turns, why_out_of_memory
+from bench.throughput.clock import Call, Part, speed_ratio, spread_of, synchroniser, time_in_turns, why_out_of_memory
 from bench.throughput.contest import PLAIN, Setup
-from bench.throughput.loaders import LOADERS, Call
-from bench.throughput.measure import Row, spread_columns
-
-Part = Callable[[str, int, torch.device], tuple[Call, Call]]
+from bench.throughput.loaders import LOADERS
+from bench.throughput.rows import Row, spread_columns
 
 
 def measure_parts(

@@ -16,7 +16,7 @@ from rich.text import Text
 from bench.files import write_text_atomically
 from bench.provenance import ROOT, device_name, gpu_versions, version_of
 from bench.throughput.contest import Setup
-from bench.throughput.measure import Row
+from bench.throughput.rows import Row
 
 DASH = "–"
 SHOWN: dict[str, tuple[str, Callable[[Any], str]]] = {  # column -> heading, how its numbers are written

@@ -1,14 +1,13 @@
 """Where does the time of a step go? A trace for chrome://tracing or Perfetto, and the operations that take most."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench.files import write_text_atomically
-from bench.throughput.clock import synchroniser
+from bench.throughput.clock import Call, synchroniser
 from bench.throughput.entrant import Entrant
 
 NUM_STEPS = 3
@@ -28,7 +27,7 @@ def profile_entrant(entrant: Entrant, folder: Path) -> str:
     return "\n".join(tables)
 
 
-def profile_steps(run: Callable[[], object], device: torch.device, trace: Path) -> str:
+def profile_steps(run: Call, device: torch.device, trace: Path) -> str:
     """A few steps; writes the trace and gives the operations by their own time on the device."""
     on_gpu = device.type == "cuda"
     wait = synchroniser(device)

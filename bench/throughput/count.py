@@ -1,0 +1,80 @@
+"""What does a contestant compute, and what memory does it need? Counted on the meta device, where nothing is allocated.
+
+In fp32: bf16 keeps less, but for copies of weights.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from bench import job, switches
+from bench.flops import Cost, measure
+from bench.memory import training_memory
+from bench.method import Method
+from bench.throughput.contest import CHANNELS, FP32, INPUT_SIZE, NUM_CLASSES, Contestant, Setup, config_of
+from bench.throughput.entrant import synthetic_latents
+from bench.throughput.pieces import Need
+
+SHAPE = (CHANNELS, INPUT_SIZE, INPUT_SIZE)  # of an image
+# What a step needs beside what it keeps for its backward pass, from peaks that were measured (LOG.md): as a part of that for
+# gradients on their way and gaps between pieces, and bytes for the libraries' own.
+PASSING, LIBRARIES = 0.25, 200e6
+
+
+class Count(NamedTuple):
+    cost: Cost
+    need: Need
+
+
+class FusedAttention(TorchFunctionMode):
+    """As a fused kernel has it. What the meta device takes instead keeps all weights (B, heads, N, N), as plain code does."""
+
+    def __torch_function__(self, function: Any, types: Any, arguments: Sequence[Any] = (), options: Any = None) -> Any:
+        if function is F.scaled_dot_product_attention and len(arguments) == 3 and not options:  # no mask, no dropout
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*arguments)[0]
+        return function(*arguments, **(options or {}))
+
+
+def count_of(contestant: Contestant, setup: Setup) -> Count:
+    """Of a plain version as of ours but for attention: sorted rows are as many as those behind masks."""
+    return Count(_cost(replace(contestant, precision=FP32, compiled="none", plain=False), setup), _need(contestant, setup))
+
+
+@cache
+def _cost(contestant: Contestant, setup: Setup) -> Cost:
+    return measure(_on_meta(contestant, setup), SHAPE, NUM_CLASSES)
+
+
+def _need(contestant: Contestant, setup: Setup) -> Need:
+    method, plain = _on_meta(contestant, setup), switches.parse(config_of(contestant, setup).system.plain)
+    attention = nullcontext() if keeps_attention_weights(contestant, setup) else FusedAttention()
+    with switches.only_off(plain), attention:
+        memory, made = training_memory(method, SHAPE, contestant.batch_size), bytes_made_for_steps(method)
+    # gradients go, but a method may keep their memory; what it makes for a step it may keep too, and make again for the sampler
+    held = memory.total - memory.activations + 2 * made
+    return Need(held + (1 + PASSING) * memory.activations + LIBRARIES, held)
+
+
+def _on_meta(contestant: Contestant, setup: Setup) -> Method:
+    with torch.device("meta"):
+        return job.build_method(config_of(contestant, setup), synthetic_latents())
+
+
+def keeps_attention_weights(contestant: Contestant, setup: Setup) -> bool:
+    """In bf16 on a CPU ours trains attention in pieces, without the fused kernel: the switch `attention` says why."""
+    return contestant.plain or (setup.device == "cpu" and contestant.precision == "bf16")
+
+
+def bytes_made_for_steps(method: Method) -> int:
+    """Of what gradients arrive at in a step and is no parameter, as mixed weights. `method` is on the meta device."""
+    own = {id(parameter) for parameter in method.parameters()}
+    with method.one_step(method.intervals[0]) as leaves:
+        for leaf in leaves:
+            leaf.grad = torch.empty_like(leaf)
+    return sum(leaf.nbytes for leaf in leaves if id(leaf) not in own)
