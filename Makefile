@@ -13,7 +13,7 @@ quick: $(INSTALLED)  ## the demo's path in about two minutes, not converged
 	$(BIN)/tsbench demo --quick
 
 test: $(INSTALLED)  ## all tests that this machine can run in some minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadgroup
 	@if PATH=$$PATH:/usr/sbin; for daemon in slurmctld slurmd slurmdbd mariadbd munged; do command -v $$daemon || exit 1; done >/dev/null; \
 	then $(MAKE) slurm; else \
 	  echo "Skipped: the tests on a real Slurm, as it is not installed. To run them: sudo slurm/local_cluster.sh install && make slurm"; fi

@@ -26,6 +26,8 @@ from bench.files import read_json
 from bench.journal import Diverged
 from bench.trainer import Trainer
 
+pytestmark = pytest.mark.xdist_group("distributed")  # its ranks are started once, not by every worker
+
 AVERAGED = ("train.lr_schedule=cosine", "train.lr_warmup_images=40", "train.ema_half_life_images=30")
 VARIANTS = {method: (method, AVERAGED) for method in RUNS} | {
     "micro-batches": ("dense", (*AVERAGED, "train.micro_batches=2")),

@@ -26,6 +26,8 @@ from bench.heldout import heldout_losses
 from bench.job import build_method
 from bench.sample import make_sampler
 
+pytestmark = pytest.mark.xdist_group("ranks")  # its ranks are started once, not by every worker
+
 CPU = torch.device("cpu")
 SIZES = (1, 2, 4)
 # 130 samples and 1297 training images in batches of 50: a short batch, and ranks without one in the last round

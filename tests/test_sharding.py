@@ -29,6 +29,8 @@ from bench.trainer import Trainer
 from methods import METHODS
 from methods.initial import build
 
+pytestmark = pytest.mark.xdist_group("sharding")  # its ranks are started once, not by every worker
+
 CPU = torch.device("cpu")
 AVERAGED = ("train.lr_schedule=cosine", "train.lr_warmup_images=40", "train.ema_half_life_images=30")
 WAYS = {method: (method, AVERAGED) for method in RUNS} | {

@@ -30,6 +30,8 @@ from bench.shares import draw_shares, intervals_of, shares_of
 from bench.suite import SuiteRun
 from bench.switches import without
 
+pytestmark = pytest.mark.xdist_group("shares")  # its ranks are started once, not by every worker
+
 FOUR = "train.intervals_per_step=4"  # 12 steps of 4 parts of 2 images; 3 experts
 AVERAGED = ("train.lr_schedule=cosine", "train.ema_half_life_images=30")
 
