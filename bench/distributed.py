@@ -31,12 +31,8 @@ class World:
         return self.rank == 0
 
     def slice_of(self, count: int) -> slice:
-        """This rank's part of a batch of `count` images; ValueError unless they can be shared equally."""
-        if count % self.size:
-            raise ValueError(
-                f"train.batch_size {count} cannot be shared equally by {self.size} ranks: choose a multiple of {self.size}, "
-                "or another number of ranks"
-            )
+        """This rank's part of `count` items, a multiple of the number of ranks."""
+        assert count % self.size == 0
         share = count // self.size
         return slice(self.rank * share, (self.rank + 1) * share)
 

@@ -42,6 +42,11 @@ def shares_of(train: TrainConfig, method: Method, world: World) -> list[Share]:
             f"train.intervals_per_step {num_intervals} cannot be shared equally by {world.size} ranks: choose a multiple of "
             f"{world.size}, or 1, an interval for all ranks together"
         )
+    if num_intervals == 1 and train.batch_size % world.size:
+        raise ValueError(
+            f"train.batch_size {train.batch_size} cannot be shared equally by {world.size} ranks: choose a multiple of "
+            f"{world.size}, or another number of ranks"
+        )
     if num_intervals == 1:
         shares = [Share(0, world.slice_of(train.batch_size))]
     else:
@@ -82,8 +87,9 @@ def draw_shares(
     batches = []
     for share, part in zip(shares, drawn.cut(len(shares)), strict=True):
         interval = intervals[share.place]
-        t = draw_timesteps(step, interval, config)[share.rows]
-        batches.append(part._replace(t=t, interval=interval, intervals_of_step=intervals))
+        if interval != part.interval:
+            part = part._replace(t=draw_timesteps(step, interval, config)[share.rows], interval=interval)
+        batches.append(part._replace(intervals_of_step=intervals))
     return batches
 
 
