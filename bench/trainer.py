@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bench import measuring, saving, switches
+from bench.allocator import keep_freed_memory
 from bench.budget import Budget, plan
 from bench.compiled import begin_step, compile_blocks
 from bench.config import RunConfig
@@ -68,6 +69,8 @@ class Trainer:
         self.cost = cost or measure_cost(method, image_shape, data.num_classes)
         self.is_sharded = is_sharded(method)
         switches.set_plain(switches.parse(config.system.plain))
+        if self.device.type == "cpu":
+            keep_freed_memory(switches.is_on("memory"))
         compile_blocks(method, config.system.compile, self.device)
         if config.system.recompute:  # after the cost, of which it is no part
             recompute_blocks(method)

@@ -95,6 +95,7 @@ def test_a_step_is_the_same_without_an_optimisation_and_computed_otherwise(name)
 PUBLISHED = {"dense", "multi_expert", "dtr", "switch_dit", "dit_moe", "remix_dit"}
 CONCERNED = dict.fromkeys(("attention", "optimizer", "ema"), PUBLISHED)
 CONCERNED |= {
+    "memory": set(),  # the same operations
     "grouped": {"dit_moe"},
     "pieces": {"dit_moe"},
     "mixing": {"remix_dit"},

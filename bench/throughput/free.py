@@ -8,11 +8,12 @@ import gc
 import math
 import re
 from collections.abc import Iterator
-from ctypes import CDLL
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from bench.allocator import return_freed_memory
 
 MACHINE, MEMBERSHIP, MOUNT = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
@@ -52,13 +53,6 @@ def free_in_groups(membership: Path, mount: Path) -> Iterator[float]:
             if group.is_relative_to(root) and limit.exists() and limit.read_text().strip() != "max":
                 used = int((group / names.used).read_text()) - number_in(group / "memory.stat", names.reclaimable)
                 yield int(limit.read_text()) - used
-
-
-def return_freed_memory() -> None:
-    """Give the system back what the C library keeps for later, where it can."""
-    library = CDLL(None)
-    if hasattr(library, "malloc_trim"):
-        library.malloc_trim(0)
 
 
 def number_in(path: Path, name: str) -> float:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from bench.throughput.free import number_in, return_freed_memory
+from bench.allocator import return_freed_memory
+from bench.throughput.free import number_in
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
