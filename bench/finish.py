@@ -55,8 +55,8 @@ class Finisher:
             samples, record = self.score()
             with trainer.world.together():
                 if is_main:
-                    trajectory = self.sampler.trajectory(trainer.method, trainer.device)
-                    write_trajectory(self.folder, trajectory)
+                    assert samples.trajectory is not None
+                    write_trajectory(self.folder, samples.trajectory)
                     adm.write_samples(self.folder / "samples.npz", samples.images)
                     self.put_score(record)
                     shutil.rmtree(self.parts, ignore_errors=True)

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -25,13 +24,14 @@ from bench.config import DiffusionConfig, EvaluationConfig, ModelConfig
 from bench.data import DataSource, to_uint8
 from bench.diffusion import guide
 from bench.distributed import World
-from bench.files import write_bytes_atomically
+from bench.files import make_folder, write_bytes_atomically
 from bench.method import Denoiser, Method, timestep_index
 from bench.randomness import generator, moved
+from bench.trajectory import NUM_IMAGES, Film, packed, unpacked
 from bench.walk import Walk, make_walk
 
-Watch = Callable[[int, Tensor, Tensor], None]
-"""`(place, x (B, C, H, W), the network's output there)`, before the step from `place`."""
+Watch = Callable[[int, int, Tensor, Tensor], None]
+"""`(block, place, x (B, C, H, W), the network's output there)`, before the block's step from `place`."""
 
 ROUND = 40  # blocks, over all ranks: what an interruption can cost
 
@@ -43,6 +43,7 @@ class Samples(NamedTuple):
     labels: Tensor  # (n,) int64
     images_per_second: float  # over all ranks; specialising and moving to uint8 included
     network_evaluations_per_sample: int  # guided ones count twice
+    trajectory: Trajectory | None  # of the first ones; rank 0 has it
 
 
 class Round(NamedTuple):
@@ -50,6 +51,7 @@ class Round(NamedTuple):
 
     images: Tensor  # (n, C, H, W) uint8, on the CPU
     seconds: float
+    trajectory: Trajectory | None  # on the rank that draws block 0
 
 
 @dataclass(frozen=True)
@@ -95,58 +97,36 @@ class Sampler:
         """
         world = world or World()
         rounds, count = self.rounds(), self.evaluation.num_samples
-        images, seconds = [], 0.0
+        drawn: list[Round] = []
         for blocks in rounds:
             pause()
-            part = parts / f"blocks-{blocks[0]:06d}.safetensors" if parts and len(rounds) > 1 else None
-            of_round = load_file(part) if part and world.decide(part.exists(), device) else None
-            if of_round is None:
-                drawn = self.draw_round(method, blocks, device, world)
-                of_round = {"images": drawn.images, "seconds": torch.tensor(drawn.seconds, dtype=torch.float64)}
-                if part and world.is_main:
-                    part.parent.mkdir(parents=True, exist_ok=True)
-                    write_bytes_atomically(part, save(of_round))
-            images.append(of_round["images"])
-            seconds += float(of_round["seconds"])
-        return Samples(torch.cat(images), self.labels(count), count / seconds, self.num_evaluations)
+            part = parts / f"round-{blocks[0]:06d}.safetensors" if parts and len(rounds) > 1 else None
+            found = _read(part) if part and world.decide(part.exists(), device) else None
+            drawn.append(found or self.draw_round(method, blocks, device, world))
+            if part and not found and world.is_main:
+                make_folder(part.parent)
+                tensors = {"images": drawn[-1].images, "seconds": torch.tensor(drawn[-1].seconds, dtype=torch.float64)}
+                write_bytes_atomically(part, save(tensors | packed(drawn[-1].trajectory)))
+        images, seconds = torch.cat([one.images for one in drawn]), sum(one.seconds for one in drawn)
+        return Samples(images, self.labels(count), count / seconds, self.num_evaluations, drawn[0].trajectory)
 
     def draw_round(self, method: Method, blocks: list[int], device: torch.device, world: World) -> Round:
         """The images of the blocks, without those that only fill up the last one, and the seconds that they took."""
         mine = [block for block in blocks if block % world.size == world.rank]
+        size, count = self.evaluation.block_size, self.evaluation.num_samples
+        film = Film(self.walk, min(NUM_IMAGES, size, count))
         started = time.perf_counter()
         with world.together():
-            own = dict(zip(mine, self._draw_blocks(method, mine, device), strict=True))
-        size, count = self.evaluation.block_size, self.evaluation.num_samples
+            own = dict(zip(mine, self._draw_blocks(method, mine, device, film.watch), strict=True))
         empty = torch.empty((size, *self.image_shape), dtype=torch.uint8, device=device)
         shared = [world.share_block(own.get(block, empty.clone()), owner=block % world.size).cpu() for block in blocks]
-        return Round(torch.cat(shared)[: count - blocks[0] * size], time.perf_counter() - started)
-
-    @torch.no_grad()
-    def trajectory(self, method: Method, device: torch.device, count: int = 10, num_frames: int = 11) -> Trajectory:
-        """The first images of the sample at `num_frames` places, evenly spread over the steps from pure noise to the sample.
-
-        At most `count` images, and no more than are drawn together; a walk of fewer steps has a frame for each. Draws
-        block 0 as `draw` does, so the last frame has the same bytes; it needs no other rank.
-        """
-        assert num_frames >= 2
-        count = min(count, self.evaluation.block_size, self.evaluation.num_samples)
-        num_steps = len(self.walk.times)
-        places = torch.linspace(0, num_steps, num_frames, dtype=torch.float64).round().long().unique().tolist()
-        images, predicted = [], []
-
-        def watch(place: int, x: Tensor, output: Tensor) -> None:
-            if place in places:
-                images.append(to_uint8(x[:count]))
-                predicted.append(to_uint8(self.walk.predicted(place, output, x)[:count]))
-
-        final = self._draw_blocks(method, [0], device, watch)[0][:count]
-        frames = [torch.stack([*seen, final]).cpu().numpy() for seen in (images, predicted)]
-        times = np.array([*self.walk.times[places[:-1]].tolist(), math.nan])
-        return Trajectory(frames[0], frames[1], times, np.arange(count) % self.num_classes)
+        trajectory = film.trajectory(own[0], self.labels(size)) if 0 in own else None
+        images = torch.cat(shared)[: count - blocks[0] * size]
+        return Round(images, time.perf_counter() - started, trajectory)
 
     @torch.no_grad()
     def _draw_blocks(
-        self, method: Method, blocks: list[int], device: torch.device, watch: Watch = lambda place, x, output: None
+        self, method: Method, blocks: list[int], device: torch.device, watch: Watch = lambda block, place, x, output: None
     ) -> list[Tensor]:
         """uint8 (block_size, C, H, W) for each block; `watch` sees each step of each block before it is taken."""
         size = self.evaluation.block_size
@@ -166,7 +146,7 @@ class Sampler:
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.evaluation.precision == "bf16"):
                 for i, place in ((i, place) for i in range(len(blocks)) for place in places):
                     output = self._evaluate(denoiser, x[i], times[place].expand(size), labels[i], guided[place])
-                    watch(place, x[i], output)
+                    watch(blocks[i], place, x[i], output)
                     noise = moved(self._noise(sources[i]), device) if self.walk.adds_noise else None
                     x[i] = walks[i].step(place, output, x[i], noise)
             del denoiser  # before the next one is made
@@ -193,6 +173,11 @@ class Sampler:
         null = torch.full_like(labels, self.num_classes)
         doubled = torch.cat([x, x]), torch.cat([t, t]), torch.cat([labels, null])
         return guide(lambda *inputs: denoiser(*inputs).float(), *doubled, self.evaluation.guidance_scale, channels)[: len(x)]
+
+
+def _read(part: Path) -> Round:
+    tensors = load_file(part)
+    return Round(tensors["images"], float(tensors["seconds"]), unpacked(tensors))
 
 
 def make_sampler(

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from bench.arrays import Trajectory
 from bench.data import DataSource
 from bench.distributed import World
 from bench.evaluate import Seconds, Seen, look_at, prepare, score_seen
@@ -20,6 +21,7 @@ from bench.files import make_folder, write_bytes_atomically
 from bench.method import Method
 from bench.protocol import EvalProtocol
 from bench.sample import Sampler, Samples
+from bench.trajectory import packed, unpacked
 
 FEATURES = "features/"  # before the names of features in a file
 
@@ -30,6 +32,7 @@ class SeenRound(NamedTuple):
     images: Tensor  # (k, C, H, W) uint8: those that are kept
     seen: Seen
     seconds: float  # that drawing took
+    trajectory: Trajectory | None  # of the first round; rank 0 has it
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Stream:
         done: list[SeenRound] = []
         for blocks in rounds:
             pause()
-            part = parts / f"features-{blocks[0]:06d}-{self.num_kept}.safetensors" if parts and len(rounds) > 1 else None
+            part = parts / f"seen-{blocks[0]:06d}-{self.num_kept}.safetensors" if parts and len(rounds) > 1 else None
             found = _read(part, world) if part and world.decide(part.exists(), device) else None
             done.append(found or self._round(method, blocks, device, world, part, seconds))
         count, drawing = self.protocol.num_samples, sum(one.seconds for one in done)
@@ -66,7 +69,8 @@ class Stream:
         labels = self.sampler.labels(count)
         scores = score_seen(seen, labels, self.protocol, self.data, str(device), world, references, seconds)
         images = torch.cat([one.images for one in done])
-        return Samples(images, labels[: len(images)], count / drawing, self.sampler.num_evaluations), scores
+        how = count / drawing, self.sampler.num_evaluations, done[0].trajectory
+        return Samples(images, labels[: len(images)], *how), scores
 
     def _round(
         self, method: Method, blocks: list[int], device: torch.device, world: World, part: Path | None, seconds: Seconds
@@ -79,14 +83,15 @@ class Stream:
             make_folder(part.parent)
             tensors = {FEATURES + name: features for name, features in seen.features.items()}
             tensors |= {"nearest": seen.nearest, "images": images, "seconds": torch.tensor(drawn.seconds, dtype=torch.float64)}
-            write_bytes_atomically(part, save(tensors))
-        return SeenRound(images, seen, drawn.seconds)
+            write_bytes_atomically(part, save(tensors | packed(drawn.trajectory)))
+        return SeenRound(images, seen, drawn.seconds, drawn.trajectory)
 
 
 def _read(part: Path, world: World) -> SeenRound:
     tensors = load_file(part)
     features = {name.removeprefix(FEATURES): tensors[name] for name in tensors if name.startswith(FEATURES) and world.is_main}
-    return SeenRound(tensors["images"], Seen(features, tensors["nearest"]), float(tensors["seconds"]))
+    seen = Seen(features, tensors["nearest"])
+    return SeenRound(tensors["images"], seen, float(tensors["seconds"]), unpacked(tensors))
 
 
 def _joined(parts: list[Seen]) -> Seen:

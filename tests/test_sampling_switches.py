@@ -86,7 +86,7 @@ def test_on_a_gpu_no_step_waits(name):
     torch.cuda.synchronize()
     steps = []
 
-    def watch(place, x, output):
+    def watch(block, place, x, output):
         torch.cuda.set_sync_debug_mode("error" if place < len(sampler.walk.times) - 1 else "default")
         steps.append(place)
 

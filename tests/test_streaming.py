@@ -4,6 +4,7 @@ import gc
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from command import TINY
@@ -53,6 +54,7 @@ def test_scores_and_kept_images_are_the_same_to_the_bit(monkeypatch: pytest.Monk
 def test_no_more_than_a_round_of_images_is_held(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Nor on disk: what an interruption finds again are features."""
     monkeypatch.setattr(bench.sample, "ROUND", 1)
+    monkeypatch.setattr(bench.sample, "NUM_IMAGES", 1)  # of the trajectory
     sampler, method, protocol, data = parts_of("evaluation.block_size=10")
     alive: list[int] = []
     draw_round = Sampler.draw_round
@@ -65,10 +67,11 @@ def test_no_more_than_a_round_of_images_is_held(monkeypatch: pytest.MonkeyPatch,
         return draw_round(self, *inputs)
 
     monkeypatch.setattr(Sampler, "draw_round", watched)
-    Stream(sampler, protocol, data, 3).run(method, CPU, World(), tmp_path)
+    samples, _ = Stream(sampler, protocol, data, 3).run(method, CPU, World(), tmp_path)
     assert len(alive) == 3  # 50, 50 and 30 images
-    assert max(alive) - alive[0] <= 3 * 64 + 64  # the three that are kept, not the fifty of a round (3,200 bytes)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"features-{block:06d}-3.safetensors" for block in (0, 5, 10)]
+    num_kept = 3 + 2 * len(samples.trajectory.images)
+    assert max(alive) - alive[0] <= (num_kept + 1) * 64 < 1000  # not the fifty of a round (3,200 bytes)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"seen-{block:06d}-3.safetensors" for block in (0, 5, 10)]
 
 
 def test_an_interruption_loses_a_round_and_changes_no_score(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -91,6 +94,7 @@ def test_an_interruption_loses_a_round_and_changes_no_score(monkeypatch: pytest.
     samples, scores = Stream(sampler, protocol, data, 60).run(method, CPU, World(), tmp_path)
     assert drawn == [[10, 11, 12]]
     assert scores == whole[1] and torch.equal(samples.images, whole[0].images)
+    assert np.array_equal(samples.trajectory.images, whole[0].trajectory.images)
     more, _ = Stream(sampler, protocol, data, 70).run(method, CPU, World(), tmp_path)  # none of the rounds holds as many
     assert torch.equal(more.images, sampler.draw(method, CPU).images[:70])
 
@@ -103,6 +107,7 @@ def test_a_run_that_keeps_some_samples_has_the_scores_of_one_that_keeps_all(tmp_
     assert whole["metrics"] == streamed["metrics"] and whole["heldout_loss"] == streamed["heldout_loss"]
     assert (samples_of(tmp_path / "some") == samples_of(tmp_path / "all")[:9]).all()
     assert len(samples_of(tmp_path / "some")) == 9
+    assert (tmp_path / "some" / "trajectory.npz").read_bytes() == (tmp_path / "all" / "trajectory.npz").read_bytes()
     for record in (whole, streamed):
         assert record["seconds"].keys() == {"sampling", "features", "reference", "comparison"}
         json.dumps(record)

@@ -126,7 +126,7 @@ def checkpoint(folder: Path, step: int) -> None:
 
 def samples(folder: Path, count: int) -> None:
     (folder / "parts" / "aa-8").mkdir(parents=True, exist_ok=True)
-    (folder / "parts" / "aa-8" / f"blocks-{count:06d}.safetensors").touch()
+    (folder / "parts" / "aa-8" / f"round-{count:06d}.safetensors").touch()
 
 
 PROGRESS: dict[str, Callable[[Path, int], None]] = {
