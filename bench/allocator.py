@@ -1,7 +1,7 @@
 """Does memory that was freed on a CPU stay with the process, for what comes next?
 
 By itself the C library gives large blocks back to the system at once, which clears every page of the next one: at S/2 and
-64 images a tenth of a training step. Kept, a process holds on to the most that it ever had.
+32 images a tenth of a training step. Kept, a process holds on to the most that it ever had.
 """
 
 import ctypes

@@ -1,9 +1,10 @@
 """How is the state of a sharded run kept, and how does it become an ordinary run's?
 
 A checkpoint is a folder into which each rank writes its parts (torch.distributed.checkpoint, as safetensors), with the
-counters and a digest of every file. It gets its name when all is written; the last two are kept, one that any rank finds
-damaged is passed over by all with a warning, another number of ranks can read it, and loading executes nothing. At the end of
-training the weights and averages are gathered, one tensor at a time, into a checkpoint as `bench.checkpoint` writes them.
+counters and digests of them and of every file. It gets its name when all is written; the last two are kept, one that any
+rank finds damaged is passed over by all with a warning, another number of ranks can read it, and loading executes nothing.
+At the end of training the weights and averages are gathered, one tensor at a time, into a checkpoint as `bench.checkpoint`
+writes them.
 """
 
 import errno
@@ -87,7 +88,9 @@ def save(trainer: "Trainer") -> None:
     digests = _merged(_of_all_ranks(own, world))
     with world.together():
         if world.is_main:
-            write_json_atomically(temporary / "counters.json", {"counters": counters_of(trainer), "digests": digests})
+            counters = counters_of(trainer)
+            record = {"counters": counters, "digest": digest_of(counters).hexdigest(), "digests": digests}
+            write_json_atomically(temporary / "counters.json", record)
             shutil.rmtree(path, ignore_errors=True)
             os.replace(temporary, path)
             there = list_checkpoints(trainer.folder)
@@ -198,7 +201,8 @@ def _counters_if_sound(path: Path, world: World) -> dict[str, Any] | None:
         return None
     try:
         kept = json.loads(record)
-        return kept["counters"] if kept["digests"] == _merged(digests for _, _, digests in found) else None
+        sound = kept["digest"] == digest_of(kept["counters"]).hexdigest()
+        return kept["counters"] if sound and kept["digests"] == _merged(digests for _, _, digests in found) else None
     except (json.JSONDecodeError, KeyError, TypeError):
         return None
 

@@ -15,7 +15,7 @@ from methods.backbone import SIZES
 
 NAMES = published_names()
 TOKENS = 256  # of patch size 2 on 32 x 32 latents
-FAST = ("S/8", "S/4", "S/2", "B/8", "B/4", "B/2")  # sizes that are computed in every test run
+SMALL = ("S/8", "S/4", "S/2", "B/8", "B/4", "B/2")
 
 
 @cache
@@ -23,9 +23,9 @@ def suite_of(name: str) -> list[SuiteRun]:
     return suite_runs(load_published_suite(name), [], make_config)
 
 
-def fast(run: SuiteRun) -> bool:
+def is_small(run: SuiteRun) -> bool:
     family = run.config.method == "multi_expert" or ("bases" in run.config.options and run.config.model.size != "S/2")
-    return run.config.model.size in FAST and not family
+    return run.config.model.size in SMALL and not family
 
 
 def rows_of(name: str, section: int = 0) -> dict[str, dict[str, Cell]]:
@@ -54,18 +54,13 @@ def test_every_entry_has_its_costs() -> None:
     assert list(read_costs()) == [(name, run.config.label) for name in NAMES for run in suite_of(name)]
 
 
-def test_small_networks_cost_what_the_file_says() -> None:
-    chosen = [(name, [run for run in suite_of(name) if fast(run)]) for name in NAMES]
-    found = {(name, run.config.label): costs for name, run, costs in computed(chosen, build_method)}
-    assert len({name.partition(".")[0] for name, _ in found}) == 4  # of DTR's tables all rows are L
-    assert found == {key: read_costs()[key] for key in found}
-
-
-@pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_all_networks_cost_what_the_file_says() -> None:
-    found = {(name, run.config.label): costs for name, run, costs in computed([(n, suite_of(n)) for n in NAMES], build_method)}
-    assert found == read_costs()
+@pytest.mark.parametrize("small", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["small", "the others"])
+def test_networks_cost_what_the_file_says(small: bool) -> None:
+    chosen = [(name, [run for run in suite_of(name) if is_small(run) == small]) for name in NAMES]
+    found = {(name, run.config.label): costs for name, run, costs in computed(chosen, build_method)}
+    assert len(found) > 30
+    assert found == {(name, run.config.label): read_costs()[name, run.config.label] for name, runs in chosen for run in runs}
 
 
 # Do they agree with the papers?

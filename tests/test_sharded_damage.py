@@ -1,5 +1,6 @@
 """Do all ranks go back to the same checkpoint, whatever one of them alone finds of the newest?"""
 
+import itertools
 import json
 import os
 import shutil
@@ -69,16 +70,16 @@ def go_back(world: World, out: Path) -> None:
     shutil.rmtree(list_checkpoints(folder)[-1])
     expected = sharded_trainer("dense", folder=folder, world=world)
     expected.resume()
-    for harm in DAMAGES:
-        for harmed in range(world.size):
-            folder = copy(f"{harm.__name__} on rank {harmed}")
-            if world.rank == harmed:
-                harm(list_checkpoints(folder)[-1], harmed)
-            trainer = sharded_trainer("dense", folder=folder, world=world)
-            with pytest.warns(UserWarning, match=r"step-000000008.sharded is damaged .* passed over"):
-                trainer.resume()
-            assert trainer.steps_done == 4, (harm, harmed, world.rank)
-            assert not differing(gathered_state(expected), gathered_state(trainer)), (harm, harmed, world.rank)
+    everywhere = [(another_record, None)]  # where all look at one folder
+    for harm, harmed in [*itertools.product(DAMAGES, range(world.size)), *everywhere]:
+        folder = copy(f"{harm.__name__} on rank {harmed}")
+        if harmed in (world.rank, None):
+            harm(list_checkpoints(folder)[-1], world.rank)
+        trainer = sharded_trainer("dense", folder=folder, world=world)
+        with pytest.warns(UserWarning, match=r"step-000000008.sharded is damaged .* passed over"):
+            trainer.resume()
+        assert trainer.steps_done == 4, (harm, harmed, world.rank)
+        assert not differing(gathered_state(expected), gathered_state(trainer)), (harm, harmed, world.rank)
 
 
 def give_up(world: World, out: Path) -> None:
