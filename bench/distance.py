@@ -47,15 +47,16 @@ def nearest_squared(samples: Tensor, train: ImageSet, device: str = "cpu", world
     share the training images; all get the distances.
     """
     world = world or World()
-    nearest = torch.full((len(samples),), float("inf"), dtype=torch.float64)
+    nearest = torch.full((len(samples),), float("inf"), dtype=torch.float64, device=device)
     with world.together():
         for indices in torch.arange(len(train)).split(NEIGHBOUR_CHUNK)[world.rank :: world.size]:
             real = to_uint8(train.batch(indices)[0]).flatten(1).to(device).double()
             for start in range(0, len(samples), NEIGHBOUR_CHUNK):
                 part = samples[start : start + NEIGHBOUR_CHUNK].flatten(1).to(device).double()
                 squared = part.square().sum(1, keepdim=True) + real.square().sum(1) - 2 * part @ real.T  # (n, m)
-                nearest[start : start + len(part)] = torch.minimum(nearest[start : start + len(part)], squared.amin(1).cpu())
-    return world.gather(nearest[None]).amin(0)  # over ranks
+                found = nearest[start : start + len(part)]
+                torch.minimum(found, squared.amin(1), out=found)
+    return world.gather(nearest.cpu()[None]).amin(0)  # over ranks
 
 
 def _root(covariance: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ def score_seen(
         names = [*METRICS, "class_accuracy"] if protocol.extractor == "digits" else METRICS  # its classes are the data's
         with world.together():
             if reference is not None:
-                scores |= _compare(seen.features, labels, reference, protocol)
+                scores |= _compare(seen.features, labels, reference, protocol, device)
                 assert scores.keys() == set(names) and all(math.isfinite(value) for value in scores.values()), scores
         shared = {name: world.agree(scores.get(name, 0.0), torch.device("cpu")) for name in names}
     return {**shared, "n": len(labels)}
@@ -147,11 +147,13 @@ def floor_scores(protocol: EvalProtocol, data: DataSource, device: str = "cpu") 
     return scores
 
 
-def _compare(features: dict[str, Tensor], labels: Tensor, reference: Reference, protocol: EvalProtocol) -> dict[str, float]:
+def _compare(
+    features: dict[str, Tensor], labels: Tensor, reference: Reference, protocol: EvalProtocol, device: str
+) -> dict[str, float]:
     """The scores that follow from features alone."""
     pooled, logits = (features[fidelity.layer(protocol.extractor, metric)] for metric in ("fid", "isc"))
     statistics = mean_and_covariance(pooled)
-    precision, recall = fidelity.precision_and_recall(pooled, reference.features, protocol.neighbours)
+    precision, recall = fidelity.precision_and_recall(pooled, reference.features, protocol.neighbours, device)
     unit_norm = protocol.extractor != "inception"
     scores = {
         "fid_train": frechet_distance(*statistics, *reference.train),

@@ -74,10 +74,12 @@ class Sampler:
         """Of the images 0..count-1."""
         return torch.arange(count) % self.num_classes
 
-    def rounds(self, multiple_of: int = 1) -> list[list[int]]:
-        """The blocks of all samples, cut into rounds; all rounds but the last hold a multiple of as many images."""
+    def rounds(self, num_ranks: int, multiple_of: int = 1) -> list[list[int]]:
+        """The blocks of all samples, cut into rounds. All but the last hold a multiple of as many images, and as many blocks for
+        each rank.
+        """
         size, count = self.evaluation.block_size, self.evaluation.num_samples
-        whole = multiple_of // math.gcd(size, multiple_of)  # blocks
+        whole = math.lcm(multiple_of // math.gcd(size, multiple_of), num_ranks)  # blocks
         length = -(-ROUND // whole) * whole
         blocks = list(range(math.ceil(count / size)))
         return [blocks[start : start + length] for start in range(0, len(blocks), length)]
@@ -96,11 +98,11 @@ class Sampler:
         there by the next call; before each, `pause` is called, which may raise.
         """
         world = world or World()
-        rounds, count = self.rounds(), self.evaluation.num_samples
+        rounds, count = self.rounds(world.size), self.evaluation.num_samples
         drawn: list[Round] = []
         for blocks in rounds:
             pause()
-            part = parts / f"round-{blocks[0]:06d}.safetensors" if parts and len(rounds) > 1 else None
+            part = parts / f"round-{blocks[0]:06d}-{len(blocks)}.safetensors" if parts and len(rounds) > 1 else None
             found = _read(part) if part and world.decide(part.exists(), device) else None
             drawn.append(found or self.draw_round(method, blocks, device, world))
             if part and not found and world.is_main:

@@ -57,11 +57,13 @@ class Stream:
         """The images that are kept, and the scores of all. Rounds are kept in `parts` and found there, as by `Sampler.draw`."""
         seconds = Seconds() if seconds is None else seconds
         prepare(self.protocol, self.data, str(device), world)
-        rounds = self.sampler.rounds(multiple_of=self.protocol.feature_batch_size)
+        rounds = self.sampler.rounds(world.size, self.protocol.feature_batch_size)
         done: list[SeenRound] = []
         for blocks in rounds:
             pause()
-            part = parts / f"seen-{blocks[0]:06d}-{self.num_kept}.safetensors" if parts and len(rounds) > 1 else None
+            part = (
+                parts / f"seen-{blocks[0]:06d}-{len(blocks)}-{self.num_kept}.safetensors" if parts and len(rounds) > 1 else None
+            )
             found = _read(part, world) if part and world.decide(part.exists(), device) else None
             done.append(found or self._round(method, blocks, device, world, part, seconds))
         count, drawing = self.protocol.num_samples, sum(one.seconds for one in done)

@@ -31,12 +31,16 @@ class Film:
     def watch(self, block: int, place: int, x: Tensor, output: Tensor) -> None:
         """Before each step of each block; see `bench.sample.Watch`. It never waits for the device."""
         if block == 0 and place in self.places:
-            self.images.append(to_uint8(x[: self.count]))
-            self.predicted.append(to_uint8(self.walk.predicted(place, output, x)[: self.count]))
+            first = x[: self.count].clone()  # a slice would hold on to all
+            self.images.append(first)
+            self.predicted.append(self.walk.predicted(place, output[: self.count], first))
 
     def trajectory(self, drawn: Tensor, labels: Tensor) -> Trajectory:
         """Of block 0, once it is drawn: uint8 (block_size, C, H, W), and its labels."""
-        images, predicted = (torch.stack([*seen, drawn[: self.count]]).cpu().numpy() for seen in (self.images, self.predicted))
+        final = drawn[: self.count].cpu()
+        images, predicted = (
+            torch.stack([*(to_uint8(frame.cpu()) for frame in seen), final]).numpy() for seen in (self.images, self.predicted)
+        )
         times = np.array([*self.walk.times[self.places].tolist(), math.nan])
         return Trajectory(images, predicted, times, labels[: self.count].numpy())
 

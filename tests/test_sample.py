@@ -153,6 +153,14 @@ def test_what_is_drawn_is_kept_and_found_again_and_changes_no_image(monkeypatch,
 
 def test_rounds_hold_whole_batches_of_features_and_change_no_image():
     sampler, _ = sampler_and_method("dense", "evaluation.num_samples=1000", "evaluation.block_size=6")
-    rounds = sampler.rounds(multiple_of=50)
-    assert [len(blocks) for blocks in rounds] == [50, 50, 50, 17]  # 25 blocks of 6 are 3 batches of 50
-    assert [*itertools.chain(*rounds)] == [*itertools.chain(*sampler.rounds())] == list(range(167))
+    lengths = {
+        (1, 1): [40, 40, 40, 40, 7],
+        (1, 50): [50, 50, 50, 17],  # 25 blocks of 6 are 3 batches of 50
+        (16, 1): [48, 48, 48, 23],  # no rank waits for the others' third block
+        (10, 50): [50, 50, 50, 17],
+        (64, 50): [167],
+    }
+    for (num_ranks, multiple), expected in lengths.items():
+        rounds = sampler.rounds(num_ranks, multiple)
+        assert [len(blocks) for blocks in rounds] == expected
+        assert [*itertools.chain(*rounds)] == list(range(167))

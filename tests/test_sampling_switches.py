@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench.sample
 from bench.sample import Sampler
+from bench.trajectory import Film
 
 
 def test_bf16_draws_nearly_the_same_and_float32_stays_as_it_is():
@@ -38,7 +39,7 @@ class Syncs(TorchDispatchMode):
 
 def waits_in(sampler: Sampler, method) -> list[str]:
     with Syncs() as syncs:
-        sampler._draw_blocks(method, [0, 1], CPU)
+        sampler._draw_blocks(method, [0, 1], CPU, Film(sampler.walk, 2).watch)
     return syncs.found
 
 
@@ -86,7 +87,10 @@ def test_on_a_gpu_no_step_waits(name):
     torch.cuda.synchronize()
     steps = []
 
+    film = Film(sampler.walk, 2)
+
     def watch(block, place, x, output):
+        film.watch(block, place, x, output)
         torch.cuda.set_sync_debug_mode("error" if place < len(sampler.walk.times) - 1 else "default")
         steps.append(place)
 

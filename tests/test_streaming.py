@@ -42,7 +42,7 @@ def test_scores_and_kept_images_are_the_same_to_the_bit(monkeypatch: pytest.Monk
     sampler, method, protocol, data = parts_of()
     plain = sampler.draw(method, CPU)
     expected = score(plain.images, plain.labels, protocol, data)
-    monkeypatch.setattr(Sampler, "rounds", lambda self, multiple_of=1: [[*range(7)], [*range(7, 19)]])
+    monkeypatch.setattr(Sampler, "rounds", lambda *_: [[*range(7)], [*range(7, 19)]])
     for protocol_batch, kept in ((49, 60), (7, 20)):  # a round is a whole number of batches, as `rounds` sees to
         other = protocol.__class__(**{**vars(protocol), "feature_batch_size": protocol_batch})
         samples, scores = Stream(sampler, other, data, kept).run(method, CPU, World())
@@ -71,7 +71,9 @@ def test_no_more_than_a_round_of_images_is_held(monkeypatch: pytest.MonkeyPatch,
     assert len(alive) == 3  # 50, 50 and 30 images
     num_kept = 3 + 2 * len(samples.trajectory.images)
     assert max(alive) - alive[0] <= (num_kept + 1) * 64 < 1000  # not the fifty of a round (3,200 bytes)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"seen-{block:06d}-3.safetensors" for block in (0, 5, 10)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"seen-{b:06d}-{n}-3.safetensors" for b, n in ((0, 5), (5, 5), (10, 3))
+    ]
 
 
 def test_an_interruption_loses_a_round_and_changes_no_score(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
