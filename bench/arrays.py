@@ -10,6 +10,8 @@ import numpy as np
 
 from bench.files import write_bytes_atomically
 
+REMEDY = "delete it and give the run to `tsbench train` once more, which makes what is missing"
+
 
 class Trajectory(NamedTuple):
     """The first images of a sample on their way from noise to image."""
@@ -41,7 +43,7 @@ def read_diagnostics(path: Path) -> dict[str, Diagnostic]:
         history = arrays.get(f"{name}/history")
         images_seen = arrays.get("history/images_seen") if history is not None else None
         if len(axes) != arrays[name].ndim or (history is not None and images_seen is None):
-            raise ValueError(f"{file} has no matching axis names or points for {name}: delete it and score the run again")
+            raise ValueError(f"{file} has no matching axis names or points for {name}: {REMEDY}")
         found[name] = Diagnostic(axes, arrays[name], history, images_seen)
     return found
 
@@ -53,7 +55,7 @@ def read_samples(path: Path) -> np.ndarray | None:
         return None
     images = read_arrays(file).get("arr_0")
     if images is None or images.ndim != 4 or images.dtype != np.uint8:
-        raise ValueError(f"{file} holds no uint8 images arr_0 (n, H, W, C): delete it and sample the run again")
+        raise ValueError(f"{file} holds no uint8 images arr_0 (n, H, W, C): {REMEDY}")
     return images
 
 
@@ -72,13 +74,11 @@ def read_trajectory(path: Path) -> Trajectory | None:
     arrays = read_arrays(file)
     missing = [name for name in Trajectory._fields if name not in arrays]
     if missing:
-        raise ValueError(f"{file} lacks {', '.join(missing)}: delete it and score the run again")
+        raise ValueError(f"{file} lacks {', '.join(missing)}: {REMEDY}")
     found = Trajectory(**{name: arrays[name] for name in Trajectory._fields})
     shape = (len(found.times), len(found.labels))
     if any(part.ndim != 5 or part.shape[:2] != shape or part.dtype != np.uint8 for part in (found.images, found.predicted)):
-        raise ValueError(
-            f"{file} holds no uint8 images (frame, n, C, H, W) with times and labels: delete it and score the run again"
-        )
+        raise ValueError(f"{file} holds no uint8 images (frame, n, C, H, W) with times and labels: {REMEDY}")
     return found
 
 
@@ -90,4 +90,4 @@ def read_arrays(file: Path) -> dict[str, np.ndarray]:
         with open(file, "rb") as stream, np.load(stream, allow_pickle=False) as stored:
             return {key: stored[key] for key in stored.files}
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
-        raise ValueError(f"{file} is damaged ({type(error).__name__}): delete it and score the run again") from None
+        raise ValueError(f"{file} is damaged ({type(error).__name__}): {REMEDY}") from None

@@ -18,12 +18,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bench.distributed import World
+
 KEPT = 2
+ALONE = World()
 
 
 class Checkpoint(NamedTuple):
     tensors: dict[str, Tensor]
     counters: dict[str, Any]
+    digest: str = ""  # of both, as the file has it
 
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], counters: dict[str, Any]) -> Path:
@@ -72,26 +76,49 @@ def load(path: Path) -> Checkpoint:
         raise ValueError(
             f"checkpoint {path} cannot be read ({_short(error)}): delete it and resume from the one before"
         ) from None
-    if _digest(tensors, counters) != metadata.get("digest"):
+    digest = _digest(tensors, counters)
+    if digest != metadata.get("digest"):
         raise ValueError(f"checkpoint {path} is damaged (its contents do not match its checksum): delete it and resume")
-    return Checkpoint(tensors, counters)
+    return Checkpoint(tensors, counters, digest)
 
 
-def load_latest(folder: Path) -> Checkpoint | None:
-    """The newest sound checkpoint, None if there is none at all; ValueError if there are some and all are damaged."""
-    errors: list[str] = []
-    for path in reversed(list_checkpoints(folder)):
-        try:
-            found = load(path)
-        except ValueError as error:
-            errors.append(str(error))
-            continue
-        for message in errors:
+def load_latest(folder: Path, world: World = ALONE) -> Checkpoint | None:
+    """The newest sound checkpoint, None if there is none at all; ValueError if there are some and all are damaged.
+
+    On several ranks, which all take part, it is the newest that all of them can load, with the same contents on each.
+    """
+    with world.together():
+        own = [path.name for path in list_checkpoints(folder)]
+    names = {name for of_rank in world.of_all(own) for name in of_rank}
+    messages: list[str] = []
+    for name in sorted(names, reverse=True):
+        with world.together():
+            found = _sound_or_why_not(folder / name)
+        digests = world.of_all(found.digest if isinstance(found, Checkpoint) else None)
+        if isinstance(found, Checkpoint) and set(digests) == {found.digest}:
+            for message in messages:
+                warnings.warn(message, stacklevel=2)
+            return found
+        elsewhere = f"checkpoint {folder / name} is damaged, missing or another one on some of the ranks: it is passed over"
+        messages.append(elsewhere if isinstance(found, Checkpoint) else found)
+        del found  # two may be more than the memory holds
+    if messages and world.size > 1:
+        for message in messages:
             warnings.warn(message, stacklevel=2)
-        return found
-    if errors:
+        raise ValueError(
+            f"no checkpoint in {folder} is sound on all of the {world.size} ranks: see that all find the same files there, or "
+            "delete that folder to train from the start"
+        )
+    if messages:
         raise ValueError(f"every checkpoint in {folder} is damaged: delete that folder to train from the start")
     return None
+
+
+def _sound_or_why_not(path: Path) -> Checkpoint | str:
+    try:
+        return load(path)
+    except ValueError as error:
+        return str(error)
 
 
 def _digest(tensors: dict[str, Tensor], counters: dict[str, Any]) -> str:

@@ -253,8 +253,8 @@ def run_train(parsed: argparse.Namespace) -> int:
 def print_run(folder: Path) -> None:
     from bench.runs import read_run
 
-    record = read_run(folder).evaluations[-1]
-    scores = ", ".join(f"{name} {value:.4g}" for name, value in record["metrics"].items())
+    records = read_run(folder).evaluations  # none of a run on latents
+    scores = ", ".join(f"{name} {value:.4g}" for name, value in records[-1]["metrics"].items()) if records else "trained"
     print(f"{folder}: {scores}")
 
 

@@ -189,7 +189,7 @@ class SystemConfig:
 
     device: str = "cpu"
     log_every: int = 50  # steps
-    checkpoint_every_seconds: float = 60.0
+    checkpoint_every_seconds: float = 60.0  # or 20 times what the last one took, where that is more
     checkpoint_every: int = 0  # steps; 0: by time only
     resident_gb: float = 2.0  # training images of at most this size are kept on the GPU; 0: none
     compile_sampling: bool = False  # a compiled network draws the images, equal up to rounding

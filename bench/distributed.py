@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 FAREWELL_SECONDS = 0.2
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,20 @@ class World:
         dist.broadcast(answer, src=0)
         return float(answer)
 
+    def of_all(self, value: Found) -> list[Found]:
+        """What each rank has given (any object that can be pickled), by rank, on every rank."""
+        values: list[Any] = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def share_text(self, text: str) -> str:
+        """Rank 0's text, on every rank."""
+        answer = [text]
+        if self.size > 1:
+            dist.broadcast_object_list(answer, src=0, device=torch.device("cpu"))
+        return answer[0]
+
     def barrier(self) -> None:
         """Nobody goes on before everybody is here."""
         if self.size > 1:
@@ -131,8 +146,9 @@ def gradient_norm(parameters: list[torch.nn.Parameter]) -> Tensor:
     cut = [g for g in gradients if isinstance(g, DTensor)]
     if not cut:
         return torch.nn.utils.get_total_norm(gradients)
-    of_rest = torch.nn.utils.get_total_norm([g for g in gradients if not isinstance(g, DTensor)])
-    return torch.hypot(whole(torch.nn.utils.get_total_norm(cut)), of_rest.to(cut[0].device))
+    rest = [g for g in gradients if not isinstance(g, DTensor)]
+    of_cut = whole(torch.nn.utils.get_total_norm(cut))
+    return torch.hypot(of_cut, torch.nn.utils.get_total_norm(rest)) if rest else of_cut  # of none it is on the CPU: a GPU waits
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -173,6 +189,15 @@ class Agreement:
         return bool(answers)
 
 
+def choose_gpu(device: torch.device) -> None:
+    """Make this rank's GPU the current one; called before anything is put on one, as that takes memory there for good. By the
+    rank's number on its node; a task that sees one GPU alone has that.
+    """
+    number = os.environ.get("LOCAL_RANK", os.environ.get("RANK"))
+    if device.type == "cuda" and number is not None and torch.cuda.device_count():
+        torch.cuda.set_device(int(number) % torch.cuda.device_count())
+
+
 @contextmanager
 def world_from_environment(device: torch.device) -> Iterator[World]:
     """Join the ranks that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT name (gloo on CPU, nccl on GPU; what is on the CPU
@@ -182,8 +207,7 @@ def world_from_environment(device: torch.device) -> Iterator[World]:
     if size == 1:
         yield World()
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", os.environ["RANK"])))
+    choose_gpu(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield World(dist.get_rank(), size)

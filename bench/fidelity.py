@@ -72,18 +72,23 @@ def layer(extractor: str, metric: str) -> str:
 
 
 def weights_hash(extractor: str, weights: str) -> str:
-    """SHA-256 of an extractor's weights; ValueError if `weights` names no file, or names one where it is not needed."""
+    """SHA-256 of an extractor's weights; ValueError as by `check_weights`."""
+    check_weights(extractor, weights)
+    return digits_classifier.WEIGHTS_SHA256 if extractor == "digits" else hash_file(Path(weights))
+
+
+def check_weights(extractor: str, weights: str) -> None:
+    """ValueError if `weights` names no file, or names one where it is not needed."""
     if extractor == "digits":
         if weights:
             raise ValueError(
                 f"evaluation.extractor_weights is {weights!r}, but the digits extractor brings its own weights: leave it empty"
             )
-        return digits_classifier.WEIGHTS_SHA256
+        return
     if not weights:
         raise ValueError(f"evaluation.extractor_weights is empty, and Inception's weights are not shipped: {INCEPTION_HINT}")
     if not Path(weights).is_file():
         raise ValueError(f"evaluation.extractor_weights is {weights}, where there is no file: {INCEPTION_HINT}")
-    return hash_file(Path(weights))
 
 
 def build_extractor(

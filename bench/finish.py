@@ -21,7 +21,34 @@ from bench.sample import Sampler, Samples
 from bench.streaming import Stream
 from bench.trainer import Interrupted, Trainer, never
 
+OF_TRAINING, OF_SCORING = ("summary.json", "diagnostics.npz"), ("samples.npz", "trajectory.npz")
+NOT_SCORED = (
+    "trained to its end, and not scored: its data are latents, and there is no decoder here; to score it, decode samples of its "
+    "checkpoint elsewhere, or train on a data set of pixels"
+)
+FILMS = "bench/trajectory.py"  # code that leaves a trajectory
 REFERENCES = "references"  # beside the run folders: what samples are compared with, for all runs
+
+
+def is_trained(folder: Path) -> bool:
+    """Trained to the end. What was damaged and therefore deleted is made anew."""
+    return all((folder / name).exists() for name in ("done", *OF_TRAINING))
+
+
+def is_scored_by(folder: Path, protocol: EvalProtocol) -> bool:
+    """Whether a trained run has all that scoring leaves. One of before there were trajectories is whole without."""
+    run = Run(folder)
+    films = FILMS in run.provenance.get("code_files", {})
+    needed = [name for name in OF_SCORING if films or name != "trajectory.npz"]
+    return protocol.hash in [record["protocol_hash"] for record in run.evaluations] and all((folder / n).exists() for n in needed)
+
+
+def look_inside(trainer: Trainer) -> None:
+    """What the averaged weights show of themselves, unless that is there. All ranks call this; rank 0 writes."""
+    assert trainer.folder is not None
+    with trainer.ema.applied(), trainer.world.together():
+        if trainer.world.is_main and not (trainer.folder / "diagnostics.npz").exists():
+            write_diagnostics(trainer, trainer.folder)
 
 
 class Finisher:
@@ -48,10 +75,8 @@ class Finisher:
         """From the trainer's final state. The weights that were kept on the way are scored first, and then go."""
         self._score_curve()
         trainer, is_main = self.trainer, self.trainer.world.is_main
+        look_inside(trainer)
         with trainer.ema.applied():
-            with trainer.world.together():
-                if is_main and not (self.folder / "diagnostics.npz").exists():
-                    write_diagnostics(trainer, self.folder)
             samples, record = self.score()
             with trainer.world.together():
                 if is_main:
@@ -102,11 +127,15 @@ class Finisher:
 
     def _score_curve(self) -> None:
         trainer, world = self.trainer, self.trainer.world
-        paths = kept_weights(self.folder)
-        world.barrier()  # all have listed them before the first goes
-        for path in paths:
-            weights, place = load_weights(path)
-            if not world.decide(is_on_curve(self.folder, self.protocol.hash, place["step"]), trainer.device):
+        with world.together():
+            own = [path.name for path in kept_weights(self.folder)]
+        names = world.of_all(own)[0]  # no rank goes by a list of its own: a folder on the network may show it an old one
+        for name in names:
+            path = self.folder / "snapshots" / name
+            with world.together():
+                weights, place = load_weights(path)
+                is_scored = is_on_curve(self.folder, self.protocol.hash, place["step"])
+            if not world.decide(is_scored, trainer.device):
                 load_exactly(trainer.method, weights, str(path))
                 _, record = self.score(place["step"])
                 with world.together():
@@ -115,7 +144,7 @@ class Finisher:
             with world.together():
                 if world.is_main:
                     path.unlink()
-        if paths:
+        if names:
             trainer.restore()
 
     def _pause(self) -> None:

@@ -4,6 +4,7 @@ Everything that can be refused is refused before anything is written. A run that
 its last checkpoint when the same command is given again.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -16,14 +17,15 @@ from bench import checkpoint, experts, sharded_run
 from bench.assemble import assemble, summary_of_jobs
 from bench.config import RUN, RunConfig
 from bench.data import DataSource, load_data
-from bench.distributed import World, world_from_environment
-from bench.evaluate import EvalProtocol, protocol_of
+from bench.distributed import World, choose_gpu, world_from_environment
 from bench.files import write_json_atomically, write_text_atomically
-from bench.finish import Finisher
+from bench.finish import NOT_SCORED, Finisher, is_scored_by, look_inside
+from bench.finish import is_trained as is_trained
 from bench.flops import Cost
 from bench.method import Method, load_exactly
 from bench.prepare import place_config as place_config
 from bench.prepare import prepare_folder as prepare_folder
+from bench.protocol import check_if_scored, hashed_by_rank_0, protocol_if_scored
 from bench.provenance import code_difference, code_files, imported_methods
 from bench.run_folder import held, left_cause, read_back, summary_of
 from bench.run_folder import locked as locked
@@ -37,7 +39,6 @@ from methods.initial import build, option_defaults
 from methods.released import read_weights
 
 PARTS = ("model.", "ema.")  # of a checkpoint: the weights, and the averages to use in their place
-OF_TRAINING, OF_SCORING = ("summary.json", "diagnostics.npz"), ("provenance.json", "samples.npz")
 OPTIONS = {name: option_defaults(method) for name, method in METHODS.items()}
 
 
@@ -68,6 +69,8 @@ def find_device(name: str) -> torch.device:
     """ValueError in one sentence unless the device can be used here."""
     try:
         device = torch.device(name)
+        choose_gpu(device)
+        torch.backends.cudnn.allow_tf32 = False  # as it is for matrix products: fp32 means fp32
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
@@ -120,17 +123,17 @@ def run(
     """
     world = world or World()
     device = find_device(config.system.device)
-    data = load_data(config.data)
+    data = hashed_by_rank_0(load_data(config.data), world)
     build_whole = partial(build_method, config, data)
     if config.system.compile != "none" or config.system.compile_sampling:
         torch.compiler.reset()  # what an earlier run of this process has compiled would count towards the limit on recompiling
     sharded = sharded_run.check(config, folder, world, is_trained(folder))
     method, initial_flops = _initial_method(config, data, folder.parent, world if sharded else None)
-    protocol = protocol_of(config.evaluation, data)
+    check_if_scored(config.evaluation, data)
     sampler = make_sampler(config.diffusion, config.evaluation, config.model, data, config.system.compile_sampling)
     apart = _are_apart(config, method, expert)
     experts.check_folder(config, folder)
-    if world.decide(_is_scored(folder, protocol), device):
+    if _nothing_is_left(config, data, folder, world):
         return
     if apart and not world.decide(is_trained(folder), device):
         for index in range(len(method.intervals)) if expert is None else [expert]:
@@ -141,21 +144,27 @@ def run(
     cost = sharded_run.cost_of(build_whole, data) if sharded else None
     trainer = Trainer(method, config, data, folder, world, cost, should_stop=should_stop)
     with held(trainer, folder, is_dead), left_cause(folder, world):
-        if world.decide(_is_scored(folder, protocol), device):  # meanwhile, by the job of another expert
+        if _nothing_is_left(config, data, folder, world):  # meanwhile, by the job of another expert
             return
-        if is_trained(folder):
+        trained = world.decide(is_trained(folder), device)
+        if trained:
             trainer.restore()
-        else:
+        if not (trained and trainer.finished()):  # its last checkpoint may be damaged: the one before is not what is scored
             _assemble(trainer) if apart else trainer.fit()
             if world.is_main:
                 summary = summary_of_jobs if apart else summary_of
                 write_json_atomically(folder / "summary.json", summary(trainer, initial_flops))
             if sharded:
                 trainer = sharded_run.gathered(trainer, build_whole)
-        Finisher(trainer, sampler, protocol, data, trainer.should_stop).finish()
+        if protocol := protocol_if_scored(config.evaluation, data):
+            Finisher(trainer, sampler, protocol, data, trainer.should_stop).finish()
+        else:
+            look_inside(trainer)
         if world.is_main:
-            read_back(folder)
+            read_back(folder, scored=data.pixels)
             write_text_atomically(folder / "done", "")
+            if not data.pixels:
+                print(f"run {folder.name} is {NOT_SCORED}", file=sys.stderr, flush=True)
 
 
 def _are_apart(config: RunConfig, method: Method, expert: int | None) -> bool:
@@ -200,24 +209,23 @@ def check(config: RunConfig) -> Cost:
     """What training costs; ValueError in one sentence for what cannot be run here. Writes nothing."""
     find_device(config.system.device)
     data = load_data(config.data)
-    protocol_of(config.evaluation, data)
+    check_if_scored(config.evaluation, data)
     make_sampler(config.diffusion, config.evaluation, config.model, data)
     return Trainer(build_method(config, data), config, data).cost
 
 
 def is_scored(config: RunConfig, folder: Path) -> bool:
     """Whether nothing is left to do for a run."""
-    return _is_scored(folder, protocol_of(config.evaluation, load_data(config.data)))
+    return _nothing_is_left(config, load_data(config.data), folder, World())
 
 
-def _is_scored(folder: Path, protocol: EvalProtocol) -> bool:
-    hashes = [record["protocol_hash"] for record in Run(folder).evaluations]
-    return is_trained(folder) and protocol.hash in hashes and all((folder / name).exists() for name in OF_SCORING)
-
-
-def is_trained(folder: Path) -> bool:
-    """Trained to the end. What was damaged and therefore deleted is made anew."""
-    return all((folder / name).exists() for name in ("done", *OF_TRAINING))
+def _nothing_is_left(config: RunConfig, data: DataSource, folder: Path, world: World) -> bool:
+    """On every rank. Only for a run that is trained, the data are hashed for it."""
+    device = torch.device(config.system.device)
+    if not world.decide(is_trained(folder) and (folder / "provenance.json").exists(), device):
+        return False
+    protocol = protocol_if_scored(config.evaluation, data)
+    return protocol is None or world.decide(is_scored_by(folder, protocol), device)
 
 
 def load_trained(folder: Path, overrides: list[str] | None = None) -> tuple[RunConfig, DataSource, Method]:

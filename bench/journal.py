@@ -77,9 +77,12 @@ class Journal:
 
     def check_finite(self) -> None:
         """Raise Diverged at the first step since the last check whose numbers are not finite."""
-        bad = [record for record in self.pending[self.num_checked :] if record.unfit()]
-        if bad:  # of a step's intervals the one whose own loss it is: the gradient's norm, which is bad with it, is of all
+        fresh = self.pending[self.num_checked :]
+        losses = [loss for record in fresh for loss in record.losses.values()]
+        if losses and not torch.stack(losses).isfinite().all():  # all at once: each look at a number waits for the device
+            bad = [record for record in fresh if record.unfit()]
             of_step = [record for record in bad if record.step == bad[0].step]
+            # of its intervals the one whose own loss it is: the gradient's norm, which is bad with it, is of all
             raise min(of_step, key=lambda record: record.unfit() == ["grad_norm"]).diverged(self.world)
         self.num_checked = len(self.pending)
 

@@ -29,7 +29,8 @@ def add_parser(commands: Any) -> None:
         "plan",
         help="parameters, computation, memory and device-hours of a run or a suite, without allocating it",
         description="What a configuration or a suite would need: parameters, multiply-accumulates per image, memory of a device "
-        "and device-hours. Nothing is allocated, and no data are needed.",
+        "and device-hours. Nothing is allocated and no image is read; latents need not be here, if data.image_size says how "
+        "large they are.",
     )
     plan.add_argument(
         "what",
@@ -52,18 +53,18 @@ def run_plan(parsed: argparse.Namespace) -> int:
     num_devices = profile.world_size if parsed.devices is None else parsed.devices
     if num_devices < 1:
         raise ValueError(f"--devices is {num_devices}: give at least 1")
-    planned = plan_of(parsed.what, parsed.settings, num_devices)
+    planned = plan_of(parsed.what, parsed.settings, num_devices, profile.device)
     Console(width=None if Console().is_terminal else 160).print(plan_table(planned, profile, num_devices))
     return 0
 
 
-def plan_of(what: str | None, settings: Sequence[str], num_devices: int) -> list["PlannedRun"]:
-    """Each run once, whatever suites say of groups. ValueError in one sentence for what is not possible."""
+def plan_of(what: str | None, settings: Sequence[str], num_devices: int, device: str = "cpu") -> list["PlannedRun"]:
+    """Each run once, whatever suites say of groups, on `device`. ValueError in one sentence for what is not possible."""
     from bench.planning import plan_runs
 
     if what is not None and "=" in what:
         settings, what = [what, *settings], None
-    runs = {run.config.run_id: run for run in runs_of(what, list(settings))}
+    runs = {run.config.run_id: run for run in runs_of(what, [*settings, f"system.device={device}"])}
     alone = [replace(run, group=run_id) for run_id, run in runs.items()]  # their budgets need not be equal to look at them
     return plan_runs(alone, num_devices, only_look=True)
 
@@ -117,7 +118,8 @@ def notes(planned: Sequence["PlannedRun"], profile: "Profile", num_devices: int)
 
     found = [
         f"GB of each of {count_of(num_devices, 'device')}, 4 bytes a number: weights, gradients, AdamW's moments, averages, what "
-        "a micro-batch keeps for its backward pass (less in bf16), what is gathered of a sharded run, and their sum.",
+        "a micro-batch keeps for its backward pass (in bf16 copies of weights too, and activations are less than told), what is "
+        "gathered of a sharded run, and their sum.",
         f"Device-hours of all devices at {profile.teraflops:g} TFLOP/s each, an assumption of profile {profile.name}.",
     ]
     if any(each.config.system.recompute for each in planned):

@@ -1,7 +1,7 @@
 """What would a suite run, what does each run cost, and may they be compared? Nothing is written and nothing allocated.
 
-A plan that is only looked at needs no data: of latents that are not here, a network's cost depends on their size, which the
-configuration gives, and on channels and classes, which are then taken to be those of ImageNet's.
+Of the data, no image is read. A plan that is only looked at does without latents that are not here: a network's cost depends
+on their size, which the configuration gives, and on channels and classes, which are then taken to be those of ImageNet's.
 """
 
 import json
@@ -13,15 +13,15 @@ from pathlib import Path
 
 import torch
 
-from bench import job, shares
+from bench import job, shares, switches
 from bench.budget import plan as plan_budget
 from bench.config import RunConfig, SystemConfig
 from bench.data import DataSource, load_data
 from bench.distributed import World
-from bench.evaluate import protocol_of
 from bench.flops import Cost, measure
-from bench.memory import Memory, training_memory
+from bench.memory import Memory, training_memory, trains_fused_attention
 from bench.method import Method
+from bench.protocol import check_if_scored
 from bench.published.costs import Latents
 from bench.sample import make_sampler
 from bench.suite import SuiteRun
@@ -106,7 +106,7 @@ def _plan(run: SuiteRun, world_size: int, only_look: bool) -> PlannedRun:
     if not missing:
         data = load_data(config.data)
         make_sampler(config.diffusion, config.evaluation, config.model, data)
-        protocol_of(config.evaluation, data)
+        check_if_scored(config.evaluation, data)
     batch, num_passes = config.train.batch_size, shares.num_passes(config.train, world_size)
     network = _Network.of(config)
     method, cost = _measured(network)
@@ -118,7 +118,9 @@ def _plan(run: SuiteRun, world_size: int, only_look: bool) -> PlannedRun:
         float("nan") if num_steps is None else num_steps * batch,
         float("nan") if num_steps is None else num_steps * cost.train_flops(batch, num_passes),
         config.budget.amount if timed else float("nan"),
-        _memory(network, batch // num_passes, world_size, config.system, config.train.ema_half_life_images > 0),
+        _memory(
+            network, batch // num_passes, world_size, config.system, config.train.precision, config.train.ema_half_life_images > 0
+        ),
         sum(p.numel() for p in method.parameters()),
         method.num_active_parameters(),
         cost.forward_macs_per_image,
@@ -163,8 +165,11 @@ def _measured(network: _Network) -> tuple[Method, Cost]:
 
 
 @cache
-def _memory(network: _Network, num_images: int, world_size: int, system: SystemConfig, averaged: bool) -> Memory:
+def _memory(network: _Network, num_images: int, world_size: int, system: SystemConfig, precision: str, averaged: bool) -> Memory:
     data = _data(network.config)
     image_shape = (data.channels, data.input_size, data.input_size)
     num_parts = world_size if system.shard == "full" else 1
-    return training_memory(_measured(network)[0], image_shape, num_images, num_parts, system.recompute, averaged)
+    fused = trains_fused_attention(system.device, precision, system.compile)
+    method = _measured(network)[0]
+    with switches.only_off(switches.parse(system.plain)):
+        return training_memory(method, image_shape, num_images, num_parts, system.recompute, averaged, precision, fused)

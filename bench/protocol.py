@@ -4,7 +4,7 @@ A protocol is all that determines a score, and has a hash; scores of different h
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from bench import adm, fidelity
 from bench.config import ONLY_WHEN_SET, EvaluationConfig, content_hash
 from bench.data import UINT8_RULE, DataSource
 from bench.data.source import hash_file
+from bench.distributed import World
 from bench.walk import solver_of
 
 LABEL_SCHEME = "balanced: image i has class i modulo the number of classes"
@@ -67,18 +68,36 @@ class EvalProtocol:
         return content_hash(self.content)
 
 
-def protocol_of(config: EvaluationConfig, data: DataSource) -> EvalProtocol:
-    """The protocol that a configuration and a data set make; ValueError in one sentence if they cannot be scored so."""
+def check_scoring(config: EvaluationConfig, data: DataSource) -> None:
+    """ValueError in one sentence if a data set cannot be scored so. Nothing is hashed, and of the data no image is read."""
+    check_pixels(data)
     _check_extractor_fits(config.extractor, data)
     if config.sampler != "ddim" and config.eta != 0:
         raise ValueError(f"evaluation.eta is {config.eta}, which only the ddim sampler has: set it to 0 for {config.sampler}")
-    protocol = EvalProtocol(
+    fidelity.check_weights(config.extractor, config.extractor_weights)
+    if config.reference:
+        _check_reference(config, data)
+    _check_counts(config, data)
+
+
+def check_if_scored(config: EvaluationConfig, data: DataSource) -> None:
+    """`check_scoring` for a run, which on latents ends without scores, and cannot have them on its way."""
+    if data.pixels:
+        check_scoring(config, data)
+    elif config.curve_every:
+        raise ValueError(f"evaluation.curve_every is {config.curve_every}, but {data.name} are not scored: set it to 0")
+
+
+def protocol_of(config: EvaluationConfig, data: DataSource) -> EvalProtocol:
+    """The protocol that a configuration and a data set make, which is read for it; ValueError as by `check_scoring`."""
+    check_scoring(config, data)
+    return EvalProtocol(
         extractor=config.extractor,
         extractor_sha256=fidelity.weights_hash(config.extractor, config.extractor_weights),
         data=data.name,
         data_sha256=data.content_hash,
         reference="adm" if config.reference else "train",
-        reference_sha256=_reference_hash(config, data),
+        reference_sha256=hash_file(Path(config.reference)) if config.reference else data.content_hash,
         num_samples=config.num_samples,
         sampler=config.sampler,
         steps=config.steps,
@@ -96,8 +115,22 @@ def protocol_of(config: EvaluationConfig, data: DataSource) -> EvalProtocol:
         extractor_path=config.extractor_weights,
         reference_path=config.reference,
     )
-    _check_counts(protocol, data)
-    return protocol
+
+
+def protocol_if_scored(config: EvaluationConfig, data: DataSource) -> EvalProtocol | None:
+    """As `protocol_of`; None for latents, of which there are no images to score."""
+    return protocol_of(config, data) if data.pixels else None
+
+
+def hashed_by_rank_0(data: DataSource, world: World) -> DataSource:
+    """The same data set, which one rank reads to hash it for all; all must ask for its hash at the same place."""
+
+    def fingerprint() -> str:
+        with world.together():
+            own = data.content_hash if world.is_main else ""
+        return world.share_text(own)
+
+    return replace(data, fingerprint=fingerprint)
 
 
 def differences(a: EvalProtocol | Mapping[str, Any], b: EvalProtocol | Mapping[str, Any]) -> list[str]:
@@ -107,10 +140,7 @@ def differences(a: EvalProtocol | Mapping[str, Any], b: EvalProtocol | Mapping[s
     return sorted(name for name in {*left, *right} if left.get(name, missing) != right.get(name, missing))
 
 
-def _reference_hash(config: EvaluationConfig, data: DataSource) -> str:
-    """Of the reference file, after a look at whether it fits; of the data set, if there is none."""
-    if not config.reference:
-        return data.content_hash
+def _check_reference(config: EvaluationConfig, data: DataSource) -> None:
     path = Path(config.reference)
     width, expected = len(adm.read_reference(path).mean), fidelity.FEATURE_WIDTHS[config.extractor]
     if width != expected:
@@ -121,12 +151,18 @@ def _reference_hash(config: EvaluationConfig, data: DataSource) -> str:
     own = (data.channels, data.input_size, data.input_size)
     if shape is not None and shape[1:] != own:
         raise ValueError(f"{path} has images of shape {shape[1:]}, but {data.name} has {own}: choose another reference")
-    return hash_file(path)
+
+
+def check_pixels(data: DataSource) -> None:
+    """ValueError if a data set holds latents: taken for images, they would be drawn and scored as what they are not."""
+    if not data.pixels:
+        raise ValueError(
+            f"data set {data.name!r} holds latents, and there is no decoder here to draw or score images of them: "
+            "a run on them is trained to its end without scores; decode elsewhere, or choose a data set of pixels"
+        )
 
 
 def _check_extractor_fits(extractor: str, data: DataSource) -> None:
-    if not data.pixels:
-        raise ValueError(f"data set {data.name!r} holds latents, which cannot be scored as images: evaluate a data set of pixels")
     if extractor == "digits" and data.name != "digits":
         raise ValueError(f"evaluation.extractor is digits, but the data set is {data.name!r}: choose inception")
     if extractor == "inception" and data.channels != 3:
@@ -135,21 +171,21 @@ def _check_extractor_fits(extractor: str, data: DataSource) -> None:
         )
 
 
-def _check_counts(protocol: EvalProtocol, data: DataSource) -> None:
+def _check_counts(config: EvaluationConfig, data: DataSource) -> None:
     """Too few images for a metric: Kernel distance subsets, one image per part of the Inception Score, a covariance."""
-    least = max(protocol.kid_subset_size, protocol.inception_score_splits, protocol.neighbours + 1)
-    if protocol.num_samples < least:
+    least = max(config.kid_subset_size, EvalProtocol.inception_score_splits, EvalProtocol.neighbours + 1)
+    if config.num_samples < least:
         raise ValueError(
-            f"evaluation.num_samples is {protocol.num_samples}, but the metrics need {least} "
-            f"(evaluation.kid_subset_size is {protocol.kid_subset_size}): draw more, or lower evaluation.kid_subset_size"
+            f"evaluation.num_samples is {config.num_samples}, but the metrics need {least} "
+            f"(evaluation.kid_subset_size is {config.kid_subset_size}): draw more, or lower evaluation.kid_subset_size"
         )
-    shape = adm.image_shape(Path(protocol.reference_path)) if protocol.reference == "adm" else None
+    shape = adm.image_shape(Path(config.reference)) if config.reference else None
     num_reference = len(data.train) if shape is None else shape[0]
-    least = max(protocol.kid_subset_size, protocol.neighbours + 1)
+    least = max(config.kid_subset_size, EvalProtocol.neighbours + 1)
     if num_reference < least:
         raise ValueError(
             f"there are {num_reference} images to compare samples with, but the metrics need {least} "
-            f"(evaluation.kid_subset_size is {protocol.kid_subset_size}): lower it, or use a larger set"
+            f"(evaluation.kid_subset_size is {config.kid_subset_size}): lower it, or use a larger set"
         )
     if len(data.heldout) < 2:
         raise ValueError(f"{len(data.heldout)} images are held out, too few for a covariance: hold out more")

@@ -158,18 +158,21 @@ def write_diagnostics(trainer: Trainer, folder: Path) -> None:
     write_bytes_atomically(folder / "diagnostics.npz", content.getvalue())
 
 
-def read_back(folder: Path) -> None:
+def read_back(folder: Path, scored: bool = True) -> None:
     """Every artefact is there and can be read; only then is a run done. ValueError names the one that cannot."""
     run = read_run(folder)
     found = {
         "summary.json": len(run.summary),
-        "eval.json": len(run.evaluations),
         "provenance.json": len(run.provenance),
         "metrics.jsonl": len(run.metrics),
         "diagnostics.npz": len(run.diagnostics),
-        "samples.npz": len(samples) if (samples := read_samples(folder)) is not None else 0,
-        "trajectory.npz": len(trajectory.images) if (trajectory := read_trajectory(folder)) is not None else 0,
     }
+    if scored:
+        found |= {
+            "eval.json": len(run.evaluations),
+            "samples.npz": len(samples) if (samples := read_samples(folder)) is not None else 0,
+            "trajectory.npz": len(trajectory.images) if (trajectory := read_trajectory(folder)) is not None else 0,
+        }
     if empty := [name for name, size in found.items() if not size]:
         raise ValueError(f"{', '.join(empty)} in {folder} is missing or empty: delete the folder and train the run again")
     for path in checkpoint.list_checkpoints(folder / "checkpoints"):

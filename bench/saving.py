@@ -18,11 +18,12 @@ def save(trainer: "Trainer") -> None:
 
 
 def take_newest(trainer: "Trainer") -> dict[str, Any] | None:
-    """Be where the newest sound checkpoint was made; its counters, None if there is none."""
+    """Be where the newest checkpoint was made that all ranks find sound; its counters, None if there is none. All call this."""
     if trainer.folder and trainer.is_sharded:
         return sharded_checkpoint.load_latest(trainer)
-    found = checkpoint.load_latest(trainer.folder / "checkpoints") if trainer.folder else None
+    found = checkpoint.load_latest(trainer.folder / "checkpoints", trainer.world) if trainer.folder else None
     if found is None:
         return None
-    take(trainer, found)
+    with trainer.world.together():
+        take(trainer, found)
     return found.counters

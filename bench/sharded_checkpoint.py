@@ -15,10 +15,9 @@ import struct
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch import Tensor
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     from bench.trainer import Trainer
 
 SUFFIX = ".sharded"
-Found = TypeVar("Found")
 DTYPES = {
     **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
     **{torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"},
@@ -85,7 +83,7 @@ def save(trainer: "Trainer") -> None:
         raise OSError(errno.EIO, _first_failure(error), str(temporary)) from None
     with world.together():
         own = _digests(temporary, world)
-    digests = _merged(_of_all_ranks(own, world))
+    digests = _merged(world.of_all(own))
     with world.together():
         if world.is_main:
             counters = counters_of(trainer)
@@ -107,7 +105,7 @@ def load_latest(trainer: "Trainer") -> dict[str, Any] | None:
     """
     assert trainer.folder is not None
     world, folder = trainer.world, trainer.folder / "checkpoints"
-    listed = _of_all_ranks([path.name for path in list_checkpoints(trainer.folder)], world)
+    listed = world.of_all([path.name for path in list_checkpoints(trainer.folder)])
     for name in sorted({name for of_rank in listed for name in of_rank}, reverse=True):
         counters = _counters_if_sound(folder / name, world)
         if counters is not None:
@@ -195,7 +193,7 @@ def _saved(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def _counters_if_sound(path: Path, world: World) -> dict[str, Any] | None:
     """None unless every rank finds the same files, as they were recorded. All judge by what all have found, and so agree."""
-    found = _of_all_ranks(_found(path, world), world)
+    found = world.of_all(_found(path, world))
     record, names, _ = found[0]
     if any(each[:2] != (record, names) for each in found):
         return None
@@ -226,13 +224,6 @@ def _digests(folder: Path, world: World) -> dict[str, str]:
 
 def _merged(of_ranks: Iterable[dict[str, str]]) -> dict[str, str]:
     return {name: digest for of_rank in of_ranks for name, digest in of_rank.items()}
-
-
-def _of_all_ranks(value: Found, world: World) -> list[Found]:
-    """What each of them has given, by rank, on every rank."""
-    values: list[Any] = [None] * world.size
-    dist.all_gather_object(values, value)
-    return values
 
 
 def _first_failure(error: CheckpointException) -> str:

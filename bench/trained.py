@@ -9,6 +9,7 @@ from bench import job
 from bench.data import load_data
 from bench.evaluate import protocol_of
 from bench.finish import Finisher
+from bench.protocol import check_pixels
 from bench.run_folder import locked
 from bench.runs import Run
 from bench.sample import Samples, make_sampler
@@ -38,5 +39,6 @@ def evaluate_again(folder: Path, overrides: list[str]) -> dict[str, Any]:
 def draw_samples(folder: Path, overrides: list[str]) -> Samples:
     """Images from a trained run under changed `evaluation` settings."""
     config, data, method = job.load_trained(folder, overrides)
+    check_pixels(data)
     sampler = make_sampler(config.diffusion, config.evaluation, config.model, data, config.system.compile_sampling)
     return sampler.draw(method, torch.device(config.system.device))

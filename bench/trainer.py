@@ -30,6 +30,8 @@ from bench.recompute import recompute_blocks
 from bench.sharding import is_sharded
 from bench.shares import draw_shares, intervals_of, losses_of_all, mean, num_passes, shares_of
 
+SAVES_APART = 20  # times what the last checkpoint took: so long, at least, the next one by time is waited for
+
 
 class Interrupted(RuntimeError):
     """A run was asked to stop before its end. Its last checkpoint holds all that it has done."""
@@ -94,7 +96,7 @@ class Trainer:
         self.device_seconds = 0.0  # spent training, over all devices
         self.lost = {"images": 0, "device_seconds": 0.0}  # work that crashes undid
         self.heldout_points = 0
-        self.last_save = time.monotonic()
+        self.last_save, self.save_seconds = time.monotonic(), 0.0
         self.journal = Journal(folder if self.world.is_main else None, self.world)
         self.bar = TrainingBar(config.label or config.method, self.world.is_main)
 
@@ -145,8 +147,11 @@ class Trainer:
     def _backward(self, part: Batch, num_parts: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Add a micro-batch's gradients; its mean losses by name, and the terms of each sample."""
         x_t = self.objective.noised(part.x0, part.t, part.noise)
-        bf16 = self.config.train.precision == "bf16"
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
+        bf16, caches = (
+            self.config.train.precision == "bf16",
+            not self.config.system.recompute,
+        )  # it would hold copies of all weights
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16, cache_enabled=caches):
             prediction = self.method(x_t, part.t, part.y, part.interval, part.progress)
         terms = self.objective.terms(prediction.output, x_t, part)
         loss = self.objective.loss(terms, part.t)
@@ -247,13 +252,16 @@ class Trainer:
     def save_if_due(self) -> None:
         every, seconds = self.config.system.checkpoint_every, self.config.system.checkpoint_every_seconds
         by_steps = every > 0 and self.steps_done // every > (self.steps_done - self.config.system.log_every) // every
-        if self.world.decide(by_steps or time.monotonic() - self.last_save > seconds, self.device):
+        by_time = time.monotonic() - self.last_save > max(seconds, SAVES_APART * self.save_seconds)
+        if self.world.decide(by_steps or by_time, self.device):
             self.save()
 
     def save(self) -> None:
         """A checkpoint of everything that the next step depends on. (Generators need none: they are seeded by step.)"""
-        self.last_save = time.monotonic()
+        started = time.monotonic()
         saving.save(self)
+        self.last_save = time.monotonic()
+        self.save_seconds = self.last_save - started
 
     def restore(self) -> None:
         """Take the newest sound checkpoint's state, to evaluate it; ValueError if there is none."""
@@ -263,8 +271,9 @@ class Trainer:
     def resume(self) -> None:
         """Continue from the newest sound checkpoint; without one, from the start."""
         counters = saving.take_newest(self)
-        heartbeat = self.journal.last_heartbeat()
-        self.journal.rewind(counters["journal"] if counters else None)
+        with self.world.together():
+            heartbeat = self.journal.last_heartbeat()
+            self.journal.rewind(counters["journal"] if counters else None)
         if heartbeat:  # it knows what earlier crashes undid, too; written at once, as the next may come before the next flush
             images = max(0, heartbeat["images_seen"] - self.images_seen)
             seconds = max(0.0, heartbeat["device_seconds"] - self.device_seconds)

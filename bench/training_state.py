@@ -42,7 +42,7 @@ def counters_of(trainer: "Trainer") -> dict[str, Any]:
 
 def take(trainer: "Trainer", found: Checkpoint) -> None:
     """Be where a checkpoint was made."""
-    tensors, counters = found
+    tensors, counters = found.tensors, found.counters
     load_exactly(trainer.method, _under("model.", tensors), f"the checkpoint in {trainer.folder}")
     trainer.objective.module.load_state_dict(_under("objective.", tensors))
     trainer.ema.load(_under("ema.", tensors), counters["ema_images_seen"])

@@ -2,7 +2,7 @@
 
 Paper: Park et al., Denoising Task Routing for Diffusion Models, arXiv 2310.07138.
 
-    section 4.1, masked residual block         `DTR.forward`
+    section 4.1, masked residual block         `MaskedBlock`
     section 4.2, window w = beta*D, start
       s_t = (t/(T-1))^alpha * (D - w)          `sliding_masks`
     section 5, random routing (R-TR)           `random_masks`
@@ -33,7 +33,15 @@ from bench.method import (
     load_exactly,
     timestep_index,
 )
-from methods.backbone import DiT, Shape
+from methods.backbone import Block, DiT, Shape
+
+
+class MaskedBlock(Block):
+    """A backbone block that sees the active channels alone. The mask is applied inside, so that it is compiled with the block."""
+
+    def forward(self, tokens: Tensor, condition: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+        """tokens (B, N, D), condition (B, D), mask (B, 1, D) of ones and zeros -> (B, N, D)."""
+        return super().forward(mask * tokens, condition) + (1 - mask) * tokens
 
 
 class DTR(Method):
@@ -55,7 +63,7 @@ class DTR(Method):
         check_range("alpha", alpha, 0, 100)
         self.intervals = partition(1, num_timesteps)
         self.num_timesteps = num_timesteps
-        self.network = DiT(shape)
+        self.network = DiT(shape, MaskedBlock)
         if routing == "sliding":
             masks = sliding_masks(num_timesteps, shape.width, alpha, beta).unsqueeze(0)
         else:
@@ -72,8 +80,7 @@ class DTR(Method):
         tokens, _, condition = self.network.embed(x, t, y)
         masks = self.masks[:, timestep_index(t, self.num_timesteps)].unsqueeze(2).to(tokens.dtype)  # (1 or L, B, 1, D)
         for index, block in enumerate(self.network.blocks):
-            mask = masks[index if len(masks) > 1 else 0]  # (B, 1, D)
-            tokens = block(mask * tokens, condition) + (1 - mask) * tokens
+            tokens = block(tokens, condition, masks[index if len(masks) > 1 else 0])
         return self.network.decode(tokens, condition)
 
     def specialise(self, interval: Interval) -> Denoiser:

@@ -9,7 +9,7 @@ after the other through its whole MLP.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from itertools import pairwise
 
 import torch
@@ -34,6 +34,7 @@ def build_groups(dtype: torch.dtype) -> bool:
 
 
 GROUPED_DTYPES = frozenset(filter(build_groups, (torch.float32, torch.bfloat16, torch.float16)))
+OUTSIDE_CUDA_GRAPHS = (torch.Tag.cudagraph_unsafe,)  # of an operation that waits for numbers: CUDA graphs are recorded around it
 
 
 def sort_by_expert(chosen: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -185,8 +186,10 @@ def grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, ends: Tens
 
 
 def without_autocast(device: str) -> AbstractContextManager[object]:
-    """A context in which a computation keeps its dtype. (Autocast does not know the meta device.)"""
-    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+    """A context in which a computation keeps its dtype. (Autocast does not know the meta device: there `bench.memory` asks for
+    the CPU's.)
+    """
+    return torch.autocast("cpu" if device == "meta" else device, enabled=False)
 
 
 def can_group(rows: Tensor, weight: Tensor) -> bool:
@@ -204,10 +207,13 @@ def can_group(rows: Tensor, weight: Tensor) -> bool:
 
 @torch.compiler.assume_constant_result  # type: ignore[no-untyped-call, untyped-decorator]
 def gpu_can_group() -> bool:
-    return torch.cuda.get_device_capability() >= (8, 0)
+    """Whether PyTorch has a kernel for this GPU: for capability 9 (H100) and 10 (B200). On others, an A100 too, its own
+    `grouped_mm` copies the offsets to the host and loops, which a CUDA graph does not survive: there `looped_mm` does so.
+    """
+    return torch.cuda.get_device_capability()[0] in (9, 10)
 
 
-@torch.library.custom_op("timestep_bench::looped_mm", mutates_args=())
+@torch.library.custom_op("timestep_bench::looped_mm", mutates_args=(), tags=OUTSIDE_CUDA_GRAPHS)
 def looped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """The plain fallback: one product per expert. It needs the group sizes on the host, so it waits for the device."""
     product = rows.new_empty(len(rows), weight.shape[1])
@@ -221,7 +227,7 @@ def _(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return rows.new_empty(rows.shape[0], weight.shape[1])
 
 
-@torch.library.custom_op("timestep_bench::looped_mm_weight_gradient", mutates_args=())
+@torch.library.custom_op("timestep_bench::looped_mm_weight_gradient", mutates_args=(), tags=OUTSIDE_CUDA_GRAPHS)
 def looped_mm_weight_gradient(grad: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
     """grad (n, out) and rows (n, in), sorted by expert -> (E, out, in)."""
     product = rows.new_empty(len(ends), grad.shape[1], rows.shape[1])

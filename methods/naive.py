@@ -97,26 +97,29 @@ class NaiveDTR(Naive, DTR):
 
     def specialise(self, interval: Interval) -> Denoiser:
         def denoise(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            masks = self.pass_masks(t)
+
             def run(index: int, block: Any, tokens: Tensor, condition: Tensor, time: Tensor) -> Tensor:
-                mask = self.mask(index, t).to(tokens.dtype)
+                mask = masks[index if len(masks) > 1 else 0].to(tokens.dtype)
                 return dense_block(block, tokens * mask, condition) + tokens * (1 - mask)
 
             return run_network(self.network, x, t, y, run)
 
         return denoise
 
-    def mask(self, index: int, t: Tensor) -> Tensor:
-        """(B, 1, D): a window for each sample; of random routing, the subset that was drawn for its timestep."""
-        timesteps = timestep_index(t, self.num_timesteps).tolist()
+    def pass_masks(self, t: Tensor) -> Tensor:
+        """(1 or L, B, 1, D): a window for each sample, the same in all blocks; of random routing, the subsets that were drawn for
+        its timestep.
+        """
+        timestep = timestep_index(t, self.num_timesteps)
         if self.routing == "random":
-            return torch.stack([self.masks[index, timestep] for timestep in timesteps]).unsqueeze(1)
+            return self.masks[:, timestep].unsqueeze(2)
         width = self.network.shape.width
         active = int(self.beta * width)
-        mask = torch.zeros(len(t), 1, width, dtype=torch.bool, device=t.device)
-        for sample, timestep in enumerate(timesteps):
-            start = round((timestep / max(self.num_timesteps - 1, 1)) ** self.alpha * (width - active))
-            mask[sample, 0, start : start + active] = True
-        return mask
+        relative = timestep.double() / max(self.num_timesteps - 1, 1)
+        start = (relative**self.alpha * (width - active)).round().view(-1, 1, 1)
+        channel = torch.arange(width, device=t.device)
+        return ((channel >= start) & (channel < start + active)).unsqueeze(0)
 
 
 class NaiveSwitchDiT(Naive, SwitchDiT):

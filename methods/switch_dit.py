@@ -39,7 +39,7 @@ from bench.method import (
     timestep_index,
 )
 from methods.backbone import Block, DiT, Shape, init_linear
-from methods.grouped import without_autocast
+from methods.grouped import OUTSIDE_CUDA_GRAPHS, in_autocast, without_autocast
 
 LOG_EPS = 1e-6  # inside the logarithms of the Jensen-Shannon divergence, as released
 
@@ -97,7 +97,7 @@ class SwitchBlock(nn.Module):
             return (torch.stack(of_experts, dim=-1) * gates[:, None, None, :].to(tokens.dtype)).sum(dim=-1)
         weight = (gates @ self.expert_weight.flatten(1)).view(-1, width, width)  # (B, in, out)
         bias = gates @ self.expert_bias  # (B, D)
-        return torch.baddbmm(bias.unsqueeze(1).to(tokens.dtype), tokens, weight.to(tokens.dtype))
+        return torch.baddbmm(bias.unsqueeze(1), in_autocast(tokens), weight)  # all as autocast has them: nothing is widened
 
 
 class SwitchDiT(Method):
@@ -234,7 +234,7 @@ def match_cost(chosen: Tensor, target: Tensor) -> Tensor:
     return chosen.sum(dim=0)[:, None] + target.sum(dim=0)[None, :] - 2 * chosen.T @ target
 
 
-@torch.library.custom_op("timestep_bench::match_columns", mutates_args=())
+@torch.library.custom_op("timestep_bench::match_columns", mutates_args=(), tags=OUTSIDE_CUDA_GRAPHS)
 def match_columns(cost: Tensor) -> Tensor:
     """cost (n, n) -> the column assigned to each row (n,) int64 at the least total cost."""
     columns = linear_sum_assignment(cost.double().cpu().numpy())[1]
@@ -256,8 +256,7 @@ class Matching:
         self.found: Tensor | None = None
         if cost.is_cuda:
             self.cost = torch.empty(cost.shape, dtype=cost.dtype, pin_memory=True).copy_(cost, non_blocking=True)
-            self.arrived = torch.cuda.Event()
-            self.arrived.record()
+            self.arrived = torch.cuda.current_stream(cost.device).record_event()  # which need not be the current device
 
     def columns(self) -> Tensor:
         """Those of `match_columns`."""

@@ -4,6 +4,9 @@ import subprocess
 import sys
 
 import pytest
+from training import tiny_trainer
+
+from bench import trainer
 
 BLOCK = 256 << 20  # bytes: far above what the C library would keep by itself
 FREED = f"""
@@ -33,3 +36,11 @@ def test_freed_blocks_are_kept_where_asked_and_can_be_given_back(how):
     kept, left = map(int, done.stdout.split())
     assert (kept > 0.9 * BLOCK) == (how == "keep")
     assert left < 0.1 * BLOCK
+
+
+def test_a_trainer_on_a_cpu_does_as_the_switch_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[bool] = []
+    monkeypatch.setattr(trainer, "keep_freed_memory", told.append)
+    for settings in ((), ("system.plain=memory",), ("system.plain=ema",)):
+        tiny_trainer("dense", *settings)
+    assert told == [True, False, True]

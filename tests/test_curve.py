@@ -13,6 +13,7 @@ from bench import job
 from bench.config import RunConfig
 from bench.curve import kept_weights, load_weights
 from bench.finish import Finisher
+from bench.protocol import protocol_of
 from bench.run_folder import read_back
 from bench.runs import Run, read_samples
 from bench.trainer import Interrupted, Trainer
@@ -101,7 +102,7 @@ def scored_alone(config: RunConfig, folder: Path, step: int) -> dict[str, Any]:
     missing, unexpected = trainer.method.load_state_dict(averages, strict=False)
     assert not unexpected and set(missing) <= {name for name, _ in trainer.method.named_buffers()}
     sampler = job.make_sampler(config.diffusion, config.evaluation, config.model, data)
-    return Finisher(trainer, sampler, job.protocol_of(config.evaluation, data), data).score(step)[1]
+    return Finisher(trainer, sampler, protocol_of(config.evaluation, data), data).score(step)[1]
 
 
 def stopped_at(config: RunConfig, folder: Path, step: int) -> None:

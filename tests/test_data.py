@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from bench.config import DataConfig
-from bench.data import DATA_SETS, balanced_order, load_data, to_uint8
+from bench.data import DATA_SETS, balanced_order, latents, load_data, packed, to_uint8
 from bench.data.cifar10 import HELDOUT_FILES, RECORD_BYTES, TRAIN_FILES
-from bench.data.source import evenly_spread, spread_choice, to_unit_range
+from bench.data.source import evenly_spread, hash_arrays, spread_choice, to_unit_range
 
 # --- what data sets share
 
@@ -204,6 +204,26 @@ def test_latents_are_scaled_and_held_out_in_balanced_order(tmp_path: Path) -> No
     assert x.dtype == torch.float32 and y.tolist() == [1, 0]
     assert torch.equal(x, 0.5 * stored[[2, 1]])
     assert plain.content_hash != scaled.content_hash
+
+
+def test_a_process_hashes_the_same_files_once_and_changed_ones_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("latents", "packed"):
+        (tmp_path / name).mkdir()
+    write_latents(tmp_path / "latents")
+    for part in ("train", "heldout"):
+        np.save(tmp_path / "packed" / f"{part}_images.npy", np.zeros((4, 1, 8, 8), np.uint8))
+        np.save(tmp_path / "packed" / f"{part}_labels.npy", np.arange(4) % 2)
+    hashed: list[int] = []
+    for module in (latents, packed):
+        monkeypatch.setattr(module, "hash_arrays", lambda arrays: str(hashed.append(1) or hash_arrays(arrays)))
+    for times, (name, changed) in enumerate((("latents", "heldout_latents"), ("packed", "train_images"))):
+        config = DataConfig(name=name, path=str(tmp_path / name))
+        before = {load_data(config).content_hash for _ in range(3)}
+        assert len(before) == 1 and len(hashed) == 2 * times + 1
+        path = tmp_path / name / f"{changed}.npy"
+        array = np.load(path)
+        np.save(path, array + 1)  # of the same size
+        assert load_data(config).content_hash not in before and len(hashed) == 2 * times + 2
 
 
 @pytest.mark.parametrize(

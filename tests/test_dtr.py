@@ -30,10 +30,7 @@ def test_blocks_and_training_pass_are_those_of_the_released_code():
         nonlocal prediction
         prediction = method(x, t, y, method.intervals[0])
 
-    mask = method.masks[0, t].unsqueeze(1).float()
-    tokens = method.network.embed(x, t, y)[0]
-    for index, of_block in enumerate(block_outputs(method, run)):
-        tokens = of_block + (1 - mask) * tokens  # the released block carries the masked-out part itself
+    for index, tokens in enumerate(block_outputs(method, run)):
         assert_close(tokens, tensors[f"hid.block{index}"])
     assert_close(prediction.output, tensors["out_train"])
     loss = prediction.output.square().mean()
@@ -86,9 +83,10 @@ def test_random_routing_uses_the_mask_of_each_block():
 
 
 def test_beta_one_is_dense():
-    method = tiny("dtr", beta=1.0)
+    method, dense = tiny("dtr", beta=1.0), tiny("dense")
+    method.load_dense(dense.network.state_dict())
     x, t, y = batch(method.intervals[0])
-    assert torch.equal(method(x, t, y, method.intervals[0]).output, method.network(x, t, y))
+    assert torch.equal(method(x, t, y, method.intervals[0]).output, dense.network(x, t, y))
 
 
 def test_masked_channels_are_not_read_by_the_branches():
@@ -96,8 +94,19 @@ def test_masked_channels_are_not_read_by_the_branches():
     block, mask = method.network.blocks[0], method.masks[0, 5].float()
     tokens, condition = torch.randn(1, 4, TINY.width), torch.randn(1, TINY.width)
     change = (1 - mask) * torch.randn(TINY.width)
-    routed = [block(mask * x, condition) + (1 - mask) * x for x in (tokens, tokens + change)]
+    routed = [block(x, condition, mask) for x in (tokens, tokens + change)]
     assert_close(routed[1] - routed[0], change.expand_as(tokens), 1e-6)
+
+
+@pytest.mark.parametrize("variant", ["dtr", "dtr random"])
+def test_nothing_is_computed_between_blocks(variant):
+    """What is outside of a block is not compiled with it."""
+    method = tiny(variant)
+    entering: list[torch.Tensor] = []
+    for block in method.network.blocks:
+        block.register_forward_pre_hook(lambda _, inputs: entering.append(inputs[0]))
+    leaving = block_outputs(method, lambda: method(*batch(method.intervals[0]), method.intervals[0]))
+    assert all(one is other for one, other in zip(entering[1:], leaving, strict=False)) and len(entering) == 2
 
 
 @pytest.mark.parametrize(

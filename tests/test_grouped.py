@@ -11,6 +11,7 @@ from methods.grouped import (
     PIECE_BYTES,
     combine_rows,
     expert_mlp,
+    gpu_can_group,
     grouped_linear,
     rows_in_a_piece,
     runs_in_pieces,
@@ -169,6 +170,19 @@ def test_whole_mixture_has_the_right_gradients(plainly):
     weight_in, weight_out = mixture.weight_in.detach().requires_grad_(), mixture.weight_out.detach().requires_grad_()
     with without(*plainly):
         assert torch.autograd.gradcheck(run, (rows.requires_grad_(), weight_in, weight_out), fast_mode=True)
+
+
+@pytest.mark.parametrize(
+    ("capability", "can"), [((7, 5), False), ((8, 0), False), ((8, 9), False), ((9, 0), True), ((10, 0), True), ((12, 0), False)]
+)
+def test_grouped_products_are_for_gpus_that_have_a_kernel(capability, can, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    assert gpu_can_group() == can
+
+
+@pytest.mark.parametrize("operation", ["looped_mm", "looped_mm_weight_gradient", "match_columns"])
+def test_what_comes_to_the_host_is_kept_out_of_cuda_graphs(operation):
+    assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.timestep_bench, operation).default.tags
 
 
 def test_rows_are_sorted_by_expert_and_find_their_way_back():

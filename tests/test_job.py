@@ -10,7 +10,7 @@ import pytest
 from command import SAVE_OFTEN, TINY, assert_refused, contents, train, tsbench, unfinished
 
 from bench import checkpoint, job
-from bench.files import read_json
+from bench.files import read_json, write_json_atomically
 from bench.run_folder import clear, locked
 from bench.runs import read_metrics, read_run, read_samples, run_state
 
@@ -39,7 +39,9 @@ def test_a_finished_run_has_left_all_it_should(folder: Path) -> None:
     assert len(checkpoint.list_checkpoints(folder / "checkpoints")) == 2
 
 
-@pytest.mark.parametrize("missing", ["summary.json", "diagnostics.npz", "samples.npz", "eval.json", "provenance.json"])
+@pytest.mark.parametrize(
+    "missing", ["summary.json", "diagnostics.npz", "samples.npz", "trajectory.npz", "eval.json", "provenance.json"]
+)
 def test_what_is_deleted_of_a_finished_run_is_made_anew(missing: str, folder: Path) -> None:
     """As the messages about damaged files advise."""
     before = contents(folder)
@@ -50,6 +52,19 @@ def test_what_is_deleted_of_a_finished_run_is_made_anew(missing: str, folder: Pa
     assert after.keys() == before.keys() and after["metrics.jsonl"] == before["metrics.jsonl"]
     assert read_run(folder).evaluations[0]["metrics"] == json.loads(before["eval.json"])[0]["metrics"]
     assert (folder / "samples.npz").read_bytes() == before["samples.npz"]
+    assert (folder / "trajectory.npz").read_bytes() == before["trajectory.npz"]
+
+
+@pytest.mark.parametrize("known", ["code of before", "no code, as it is kept"])
+def test_a_run_that_never_had_a_trajectory_is_done_without(known: str, folder: Path) -> None:
+    (folder / "trajectory.npz").unlink()
+    provenance = read_json(folder / "provenance.json", dict)
+    of_before = {name: digest for name, digest in provenance.pop("code_files").items() if name != "bench/trajectory.py"}
+    kept = {"code_files": of_before} if known == "code of before" else {}
+    write_json_atomically(folder / "provenance.json", {**provenance, **kept})
+    before = contents(folder)
+    assert job.is_scored(job.read_config(folder), folder)
+    assert tsbench("train", folder).code == 0 and contents(folder) == before
 
 
 def test_a_run_that_was_killed_before_scoring_goes_on(folder: Path) -> None:
@@ -58,6 +73,20 @@ def test_a_run_that_was_killed_before_scoring_goes_on(folder: Path) -> None:
     assert outcome.code == 0 and run_state(folder) == "done", outcome.err
     assert (folder / "samples.npz").read_bytes() == before["samples.npz"]
     assert (folder / "metrics.jsonl").read_bytes() == before["metrics.jsonl"]
+
+
+@pytest.mark.filterwarnings("default")
+def test_what_is_scored_is_the_end_though_its_checkpoint_was_damaged(folder: Path) -> None:
+    """The one before it is sound: training goes on from there, and the scores are those of the end."""
+    before = contents(folder)
+    last = sorted((folder / "checkpoints").glob("step-*"))[-1]
+    assert len(list((folder / "checkpoints").glob("step-*"))) == 2
+    last.write_bytes(last.read_bytes()[:-9])
+    (folder / "eval.json").unlink()
+    outcome = tsbench("train", folder)
+    assert outcome.code == 0 and last.name in outcome.err, outcome.err
+    assert (folder / "samples.npz").read_bytes() == before["samples.npz"]
+    assert contents(folder / "checkpoints").keys() >= {last.name}
 
 
 def test_other_scoring_of_a_finished_run_adds_a_record_and_trains_nothing(folder: Path) -> None:

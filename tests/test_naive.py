@@ -21,7 +21,7 @@ from training import drawn, tiny_trainer
 
 import methods
 from bench.job import OPTIONS, make_config
-from methods import METHODS
+from methods import METHODS, naive
 from methods.initial import option_defaults
 from methods.naive import NAIVE, expert_mlp, mix, mixture
 from methods.naive_updates import LoopedAdamW, LoopedEMA, loop_updates
@@ -197,3 +197,27 @@ def test_the_plain_average_is_the_average():
     for name, average in ours.ema.averages.items():
         assert_close(average, plain.ema.averages[name], 1e-6)
     assert len(set(plain.ema.images_seen.values())) > 1
+
+
+@pytest.mark.parametrize("routing", ["sliding", "random"])
+def test_plain_masks_are_made_once_a_pass_and_without_a_wait(routing, monkeypatch):
+    plain = NAIVE["dtr"](TINY, num_timesteps=NUM_TIMESTEPS, routing=routing)
+    x, t, y = batch(plain.intervals[0])
+    indexed = []
+    original = naive.timestep_index
+    monkeypatch.setattr(naive, "timestep_index", lambda *arguments: indexed.append(1) or original(*arguments))
+    for name in ("tolist", "item"):  # a GPU stands still for these
+        monkeypatch.setattr(torch.Tensor, name, lambda tensor: pytest.fail("waits for the device"))
+    plain.specialise(plain.intervals[0])(x, t, y)
+    assert len(indexed) == 1 < len(plain.network.blocks)
+
+
+def test_plain_windows_are_those_of_the_paper_at_every_timestep():
+    for alpha, beta in ((4.0, 0.8), (1.0, 0.5), (0.0, 1.0)):
+        plain = NAIVE["dtr"](TINY, num_timesteps=1000, alpha=alpha, beta=beta)
+        masks = plain.pass_masks(torch.arange(1000))
+        assert masks.shape == (1, 1000, 1, TINY.width) and torch.equal(masks[:, :, 0], plain.masks)
+        active = int(beta * TINY.width)
+        for timestep in range(1000):
+            start = round((timestep / 999) ** alpha * (TINY.width - active))
+            assert masks[0, timestep, 0].nonzero().flatten().tolist() == list(range(start, start + active))

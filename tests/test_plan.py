@@ -17,6 +17,7 @@ from torch import Tensor
 from bench.job import build_method, load_data, make_config
 from bench.memory import training_memory
 from bench.plan import AGAIN, device_hours, plan_of
+from bench.planning import PlannedRun
 from bench.recompute import recompute_blocks
 from bench.sharding import part_of
 from methods import METHODS
@@ -124,6 +125,47 @@ def test_hours_hold_what_is_computed_again() -> None:
     assert again.train_flops == plain.train_flops
     assert device_hours(plain, 2.0) == pytest.approx(plain.train_flops / 2e12 / 3600)
     assert device_hours(again, 2.0) == pytest.approx(AGAIN * device_hours(plain, 2.0))
+
+
+def test_attention_is_as_the_device_trains_it() -> None:
+    """In bf16 a CPU keeps its weights (B, heads, N, N), a GPU does not, nor does fp32."""
+    network = ("model.depth=2", "model.width=64", "model.num_heads=4", *LATENTS, "train.batch_size=8")
+    weights = 4 * 2 * 8 * 4 * 256**2
+    told = {}
+    for precision in ("fp32", "bf16"):
+        for device in ("cpu", "cuda"):
+            (planned,) = plan_of(None, [*network, f"train.precision={precision}"], 1, device)
+            told[precision, device] = planned.memory.activations
+    assert told["fp32", "cpu"] == told["fp32", "cuda"] < told["bf16", "cuda"]
+    assert told["bf16", "cpu"] - told["bf16", "cuda"] == pytest.approx(weights, rel=0.05)
+    (plain,) = plan_of(None, [*network, "system.plain=attention"], 1, "cuda")
+    assert plain.memory.activations - told["fp32", "cuda"] == pytest.approx(weights, rel=0.05)
+
+
+def test_a_sharded_run_in_bf16_holds_copies_of_all_its_weights() -> None:
+    """2 bytes a parameter on each device, however many there are; of one block at a time where blocks are computed again."""
+    network = ("model.size=S/2", *LATENTS, "train.batch_size=8", "system.shard=full")
+    for settings, least, most in (((), 1.8, 2.0), (("system.recompute=true",), 0.1, 0.3)):
+        told = []
+        for precision in ("fp32", "bf16"):
+            (planned,) = plan_of(None, [*network, *settings, f"train.precision={precision}"], 8, "cuda")
+            told.append(planned.memory.total)
+        assert least < (told[1] - told[0]) / planned.stored_parameters < most
+
+
+def test_the_plan_is_of_the_profiles_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = []
+
+    def look(what: str | None, settings: list[str], num_devices: int, device: str) -> list[PlannedRun]:
+        devices.append(device)
+        return plan_of(what, settings, num_devices, device)
+
+    monkeypatch.setattr("bench.plan.plan_of", look)
+    for profile in ("h100", "local"):
+        assert tsbench("plan", *TINY, "--devices", "1", "--profile", profile).code == 0
+    assert devices == ["cuda", "cpu"]
+    (planned,) = plan_of(None, ["system.device=cpu"], 1, "cuda")
+    assert planned.config.system.device == "cuda"
 
 
 # The command

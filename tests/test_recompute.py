@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import VARIANTS, batch, tiny
 from torch import Tensor
-from training import RUNS, differing, state_of, tiny_trainer
+from training import RUNS, differing, drawn, state_of, tiny_trainer
 
 from bench.flops import measure
 from bench.intervals import partition
@@ -57,9 +57,10 @@ def test_every_block_is_computed_twice_to_train_and_once_to_sample(variant: str)
     assert not differing(state, method.state_dict())
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("method", RUNS)
-def test_training_ends_with_the_same_bytes_and_counts_the_same_cost(method: str, tmp_path: Path) -> None:
-    settings = ("train.ema_half_life_images=30", "train.micro_batches=2")
+def test_training_ends_with_the_same_bytes_and_counts_the_same_cost(method: str, precision: str, tmp_path: Path) -> None:
+    settings = ("train.ema_half_life_images=30", "train.micro_batches=2", f"train.precision={precision}")
     trainers = []
     for value in ("false", "true"):
         trainer = tiny_trainer(method, *settings, f"system.recompute={value}", folder=tmp_path / value, cost=None)  # type: ignore[arg-type]
@@ -67,6 +68,16 @@ def test_training_ends_with_the_same_bytes_and_counts_the_same_cost(method: str,
         trainers.append(trainer)
     assert not differing(*map(state_of, trainers))
     assert trainers[0].cost == trainers[1].cost and trainers[0].train_flops == trainers[1].train_flops
+
+
+def test_autocast_keeps_no_copies_of_weights_that_recomputing_makes_again() -> None:
+    """Its cache would hold those of the whole network until the forward pass is over."""
+    kept = []
+    for value in ("false", "true"):
+        trainer = tiny_trainer("dense", f"system.recompute={value}", "train.precision=bf16")
+        trainer.method.register_forward_pre_hook(lambda *_: kept.append(torch.is_autocast_cache_enabled()))
+        trainer.step(drawn(trainer))
+    assert kept == [True, False]
 
 
 def test_it_would_cost_more_if_it_were_counted() -> None:

@@ -9,7 +9,7 @@ import time
 import pytest
 from training import RUNS, crash_after, differing, exit_codes_of, rows, saved, start_command, state_of, tiny_trainer
 
-from bench import checkpoint
+from bench import checkpoint, saving
 from bench.files import read_json
 from bench.trainer import Interrupted
 
@@ -44,13 +44,49 @@ def test_resumed_equals_uninterrupted(variant, tmp_path):
     assert resumed.lost["device_seconds"] > 0
 
 
-def test_checkpoints_are_also_made_by_wall_time(tmp_path):
-    settings = ("system.checkpoint_every=0", "heldout.points=1")
-    for seconds, found in (("1e9", []), ("0", [2, 4, 6])):  # at every second step it is looked whether one is due
-        folder = tmp_path / seconds
-        crash_after(tiny_trainer("dense", *settings, f"system.checkpoint_every_seconds={seconds}", folder=folder), 7)
-        steps = [checkpoint.load(path).counters["steps_done"] for path in checkpoint.list_checkpoints(folder / "checkpoints")]
-        assert steps == found[-2:]  # the last two are kept
+class Clock:
+    """In place of the module `time`: it stands still but for what the test lets pass."""
+
+    now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+    perf_counter = monotonic
+
+
+@pytest.mark.parametrize(
+    ("every", "save_seconds", "saved_at"),  # a step takes 10 s; at every second step it is looked whether a checkpoint is due
+    [
+        ("1e9", 0, [12]),  # the end
+        ("0", 0, [2, 4, 6, 8, 10, 12]),
+        ("30", 0, [4, 8, 12]),
+        ("30", 1, [4, 8, 12]),
+        ("0", 3, [2, 10, 12]),  # 60 s from the end of a save to the begin of the next are not enough: 20 times what it took
+    ],
+)
+def test_checkpoints_are_also_made_by_wall_time(every, save_seconds, saved_at, tmp_path, monkeypatch):
+    clock, save, steps = Clock(), saving.save, []
+    monkeypatch.setattr("bench.trainer.time", clock)
+
+    def slow_save(trainer):
+        clock.now += save_seconds
+        steps.append(trainer.steps_done)
+        save(trainer)
+
+    monkeypatch.setattr(saving, "save", slow_save)
+    trained = tiny_trainer("dense", "system.checkpoint_every=0", f"system.checkpoint_every_seconds={every}", folder=tmp_path)
+    step = trained.step
+
+    def timed_step(*batches):
+        clock.now += 10
+        return step(*batches)
+
+    monkeypatch.setattr(trained, "step", timed_step)
+    trained.fit()
+    assert list(dict.fromkeys(steps)) == saved_at  # at the end once more
+    found = [checkpoint.load(path).counters["steps_done"] for path in checkpoint.list_checkpoints(tmp_path / "checkpoints")]
+    assert found == saved_at[-2:]  # the last two are kept
 
 
 def test_a_crash_before_the_first_heartbeat_after_a_crash_counts_the_lost_work_once(tmp_path):

@@ -1,15 +1,19 @@
 """Does Switch-DiT gate, match and regularise as its released code does?"""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers import NUM_TIMESTEPS, TINY, assert_close, assert_gradients, batch, block_outputs, golden, golden_method, tiny
 from scipy.optimize import linear_sum_assignment
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import switches
 from bench.diffusion import guide
 from methods.backbone import Shape
 from methods.dense import Dense
-from methods.switch_dit import SwitchDiT, jensen_shannon, match_columns, match_cost, target_slots
+from methods.switch_dit import Matching, SwitchDiT, jensen_shannon, match_columns, match_cost, target_slots
 
 
 def test_outputs_and_guided_outputs_are_those_of_the_released_code():
@@ -98,6 +102,22 @@ def test_matching_is_optimal_and_repeats_itself_on_ties():
     assert all(torch.equal(columns, match_columns(cost.clone())) for _ in range(5))
 
 
+def test_the_costs_are_waited_for_on_their_own_device(monkeypatch):
+    """Which is not the current one where `system.device` is cuda:1. On pretended tensors: there is no GPU here."""
+    queued: list[torch.device] = []
+    event = SimpleNamespace()
+
+    def stream(device=None):
+        queued.append(device)
+        return SimpleNamespace(record_event=lambda: event)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", stream)
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory, **options: torch.zeros(*size, **options))
+    with FakeTensorMode():
+        matching = Matching(torch.ones(3, 3, device="cuda:1"))
+    assert queued == [torch.device("cuda:1")] and matching.arrived is event
+
+
 def test_match_cost_is_the_l1_distance_between_columns():
     generator = torch.Generator().manual_seed(0)
     chosen, target = (torch.randint(0, 2, (50, 6), generator=generator).float() for _ in range(2))
@@ -134,6 +154,36 @@ def test_a_mask_that_has_just_begun_to_learn_is_seen_in_bfloat16(plain: tuple[st
         block(tokens, condition, time)
     changed, in_bfloat16 = entering
     assert changed.abs().max() > 0 and (in_bfloat16 - changed).norm() < 0.02 * changed.norm()
+
+
+class Casts(TorchDispatchMode):
+    """What has been cast while this is on: dtypes and shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[torch.dtype, tuple[int, ...]]] = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        output = operation(*args, **(kwargs or {}))
+        if operation is torch.ops.aten._to_copy.default:
+            self.seen.append((output.dtype, tuple(output.shape)))
+        return output
+
+
+def test_mixed_weights_stay_in_bfloat16_there_and_back() -> None:
+    """One matrix per sample: 38 MB in float32 at a width of 384 and 64 samples. Tokens and their gradient are cast once."""
+    method = tiny("switch_dit")
+    block = method.network.blocks[0]
+    x, t, y = batch(method.intervals[0])
+    tokens, time, _ = (each.detach().requires_grad_() for each in method.network.embed(x, t, y))
+    with Casts() as casts:
+        with torch.autocast("cpu", torch.bfloat16):
+            deviation = block.deviation(tokens, block.gate(time)[1])
+        deviation.sum().backward()
+    assert deviation.dtype == torch.bfloat16
+    assert (len(t), TINY.width, TINY.width) not in [shape for _, shape in casts.seen]
+    of_tokens = [dtype for dtype, shape in casts.seen if shape == tokens.shape]
+    assert of_tokens == [torch.bfloat16, torch.float32]
 
 
 def test_gate_sees_the_timestep_and_not_the_label():

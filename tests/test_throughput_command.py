@@ -104,6 +104,7 @@ def test_nothing_is_written_where_nothing_was_timed(tmp_path, monkeypatch, capsy
         (("--device", "cuda:99"), "cannot be used here"),
         (("--compile", "everything"), "system.compile is 'everything'"),
         (("model.widht=3",), "no setting model.widht"),
+        (("train.batch_size=64",), "train.batch_size is what --batch says: give that"),
         (("--parts", "--methods", "dense"), "leave out"),
     ],
 )

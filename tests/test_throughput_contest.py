@@ -1,5 +1,6 @@
 """Which contestants do the words of the command line stand for, and beside which baselines?"""
 
+import pytest
 from timing import SIZE
 
 from bench.throughput.contest import Contestant, Setup, baseline_of, config_of, contestants, groups_of, with_baselines
@@ -58,3 +59,42 @@ def test_words_become_a_configuration():
     assert (config.evaluation.precision, config.evaluation.guidance_scale) == ("bf16", 1.25)
     assert config.system.compile == "blocks" and config.system.compile_sampling
     assert config_of(Contestant("dense", "XL/2", 1), setup).model.size == "XL/2"
+
+
+@pytest.mark.parametrize(
+    ("setting", "flag"),
+    [
+        ("method=dense", "--methods"),
+        ("options.experts=8", "--methods"),
+        ("model.depth=5", "--size"),
+        ("model.size=XL/2", "--size"),
+        ("model.mlp_ratio=2", "--size"),
+        ("train.batch_size=64", "--batch"),
+        ("train={batch_size: 64}", "--batch"),
+        ("train.precision=bf16", "--precision"),
+        ("train.threads=2", "--threads"),
+        ("evaluation.block_size=64", "--batch"),
+        ("evaluation.guidance_scale=1", "--guidance"),
+        ("evaluation.precision=bf16", "--precision"),
+        ("system.device=cuda", "--device"),
+        ("system.compile=blocks", "--compile"),
+        ("system.compile_sampling=true", "--compile"),
+    ],
+)
+def test_no_setting_changes_what_a_row_says(setting, flag):
+    method = "dit_moe" if setting.startswith("method") else "dit_moe:experts=4"  # another would not know that option
+    with pytest.raises(ValueError, match=rf"^[a-z_.]+ is what {flag} says: give that$"):
+        config_of(Contestant(method, SIZE, 4), Setup(settings=(setting,)))
+
+
+def test_sampling_steps_are_always_as_many():
+    with pytest.raises(ValueError, match=r"^evaluation\.steps is 250 here: leave it out$"):
+        config_of(Contestant("dense", SIZE, 4), Setup(settings=("evaluation.steps=10",)))
+
+
+def test_what_no_row_says_is_free():
+    free = ("train.lr=0.5", "diffusion.schedule=cosine", "train.ema_half_life_images=7", "system.plain=masks")
+    free += ("options.top_k=1", "heldout.bins=2", "label=other")
+    config = config_of(Contestant("dit_moe:experts=4", SIZE, 4), Setup(settings=free))
+    assert (config.train.lr, config.diffusion.schedule, config.train.ema_half_life_images) == (0.5, "cosine", 7)
+    assert (config.system.plain, config.options["top_k"], config.heldout.bins) == ("masks", 1, 2)

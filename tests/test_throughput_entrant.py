@@ -3,6 +3,7 @@
 import pytest
 import torch
 from timing import PLAIN, SIZE
+from torch._dynamo.utils import counters
 from training import UNMEASURED
 
 from bench.throughput.contest import Contestant, Setup
@@ -88,3 +89,22 @@ def test_who_rests_holds_no_gradients():
     assert any(parameter.grad is not None for parameter in parameters)
     entrant.rest()
     assert all(parameter.grad is None for parameter in parameters)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor")  # dynamo looks at it
+def test_compiled_both_steps_are_compiled():
+    """And train as the same uncompiled."""
+    plain, compiled = (Contestant("dense", "1x32x2/4", 4, compiled=how) for how in ("none", "blocks"))
+    torch.compiler.reset()
+    counters.clear()
+    entrant = Entrant(compiled, Setup(), UNMEASURED, PLAIN)
+    assert entrant.trainer.config.system.compile == "blocks"
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs >= 2  # a block while it trains, and the network that samples
+    reference = Entrant(plain, Setup(), UNMEASURED, PLAIN)
+    losses = [[float(each.train()["loss"]) for _ in range(2)] for each in (entrant, reference)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert (
+        torch.isfinite(entrant.sample()).all() and counters["stats"]["unique_graphs"] == graphs
+    )  # all is warm, and nothing else is
+    torch.compiler.reset()

@@ -1,12 +1,16 @@
 """Are things timed in turns, and are ratios and the device's peak what they say? No test is of a speed."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from timing import Time
+from torch.autograd import DeviceType
 
 from bench.throughput.clock import speed_ratio, spread_of, time_in_turns
 from bench.throughput.peak import measure_peak, vendor_peak
+from bench.throughput.trace import NUM_STEPS, table_of
 
 
 def test_contestants_take_turns(monkeypatch):
@@ -100,7 +104,9 @@ def test_the_peak_counts_two_flops_for_each_product(monkeypatch):
     [
         ("NVIDIA H100 80GB HBM3", 989.5e12),
         ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835.5e12),
         ("NVIDIA H200", 989.5e12),
+        ("NVIDIA H200 NVL", 835.5e12),
         ("NVIDIA A100-SXM4-80GB", 312e12),
         ("Intel(R) Xeon(R) Processor", None),
     ],
@@ -108,3 +114,32 @@ def test_the_peak_counts_two_flops_for_each_product(monkeypatch):
 def test_the_vendors_figure_where_it_is_known(name, flops):
     assert vendor_peak(name, "bf16") == flops
     assert vendor_peak(name, "fp32") is None
+
+
+# Where the time goes
+
+
+def averaged(key, device_type, device_time, annotation=False):
+    own = {"self_device_time_total": device_time, "self_cpu_time_total": 1000.0 * (device_type == DeviceType.CPU)}
+    return SimpleNamespace(key=key, device_type=device_type, is_user_annotation=annotation, count=NUM_STEPS, **own)
+
+
+def test_on_a_gpu_a_kernel_counts_once():
+    """Not again in the operation that starts it, nor in a range around it."""
+    averages = [
+        averaged("aten::mm", DeviceType.CPU, 6000.0 * NUM_STEPS),
+        averaged("gemm", DeviceType.CUDA, 6000.0 * NUM_STEPS),
+        averaged("copy", DeviceType.CUDA, 2000.0 * NUM_STEPS),
+        averaged("Optimizer.step", DeviceType.CUDA, 9000.0 * NUM_STEPS, annotation=True),
+    ]
+    rows = [line.split() for line in table_of(averages, on_gpu=True).splitlines()[1:]]
+    assert rows == [["gemm", "6.000", "75.0%", "1.0"], ["copy", "2.000", "25.0%", "1.0"]]
+    assert table_of(averages, on_gpu=False).splitlines()[1].split()[0] == "aten::mm"
+
+
+def test_torchs_own_averages_have_what_is_asked_for():
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profiler:
+        torch.randn(8, 8) @ torch.randn(8, 8)
+    averages = list(profiler.key_averages())
+    assert "aten::mm" in table_of(averages, on_gpu=False)
+    assert len(table_of(averages, on_gpu=True).splitlines()) == 1  # no kernel

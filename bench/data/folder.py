@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
 from bench.config import DataConfig
-from bench.data.source import DataSource, balanced_order, hash_file, to_unit_range
+from bench.data.source import DataSource, balanced_order, hash_file, hashed_once, stamp, to_unit_range
 
 EXTENSIONS = (".png", ".jpg", ".jpeg")
 LAYOUT = "lay images out as train/CLASS/*.png (or .jpg) and heldout/CLASS/*.png below data.path"
@@ -53,11 +53,14 @@ def load_folder(config: DataConfig) -> DataSource:
     train = FolderImages(train_paths, train_labels, config.image_size)
     heldout = FolderImages(tuple(heldout_paths[i] for i in order.tolist()), heldout_labels[order], config.image_size)
 
-    def fingerprint() -> str:
+    def hash_files() -> str:
         digest = hashlib.sha256(f"{config.image_size}".encode())
         for path in (*train.paths, *heldout.paths):
             digest.update(f"{path.relative_to(root).as_posix()} {hash_file(path)};".encode())
         return digest.hexdigest()
+
+    def fingerprint() -> str:
+        return hashed_once(stamp((*train.paths, *heldout.paths), f"folder {root} {config.image_size}"), hash_files)
 
     return DataSource("folder", len(classes), 3, config.image_size, train, heldout, fingerprint)
 

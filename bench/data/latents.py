@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bench.config import DataConfig
-from bench.data.source import DataSource, balanced_order, check_image_size, hash_arrays, open_array
+from bench.data.source import DataSource, balanced_order, check_image_size, hash_arrays, hashed_once, open_array, stamp
 
 LAYOUT = "data.path must hold train_latents.npy, train_labels.npy, heldout_latents.npy and heldout_labels.npy"
 META_KEYS = ("scaling", "source")
@@ -58,8 +58,10 @@ def load_latents(config: DataConfig) -> DataSource:
     train = LatentImages(arrays["train_latents"], np.arange(len(labels["train"])), labels["train"], scaling)
     heldout = LatentImages(arrays["heldout_latents"], order.numpy(), labels["heldout"][order], scaling)
 
+    key = stamp((root / f"{name}.npy" for name in names), f"latents {scaling}")  # of what is mapped, whatever is written later
+
     def fingerprint() -> str:
-        return hash_arrays([*arrays.items(), ("scaling", np.array([scaling]))])
+        return hashed_once(key, lambda: hash_arrays([*arrays.items(), ("scaling", np.array([scaling]))]))
 
     return DataSource("latents", num_classes, shape[0], shape[-1], train, heldout, fingerprint, pixels=False)
 

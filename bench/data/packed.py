@@ -15,7 +15,17 @@ from torch import Tensor
 
 from bench.config import DataConfig
 from bench.data.buffers import Buffers
-from bench.data.source import DataSource, balanced_order, check_image_size, hash_arrays, open_array, scale_to_unit_range, to_uint8
+from bench.data.source import (
+    DataSource,
+    balanced_order,
+    check_image_size,
+    hash_arrays,
+    hashed_once,
+    open_array,
+    scale_to_unit_range,
+    stamp,
+    to_uint8,
+)
 
 PARTS = ("train", "heldout")
 LAYOUT = "data.path must hold train_images.npy, train_labels.npy, heldout_images.npy and heldout_labels.npy"
@@ -57,7 +67,12 @@ def load_packed(config: DataConfig) -> DataSource:
     order = balanced_order(labels["heldout"])
     train = PackedImages(arrays["train_images"], np.arange(len(labels["train"])), labels["train"])
     heldout = PackedImages(arrays["heldout_images"], order.numpy(), labels["heldout"][order])
-    return DataSource("packed", num_classes, channels, size, train, heldout, lambda: hash_arrays(arrays.items()))
+    key = stamp((root / f"{name}.npy" for name in names), "packed")  # of what is mapped, whatever is written later
+
+    def fingerprint() -> str:
+        return hashed_once(key, lambda: hash_arrays(arrays.items()))
+
+    return DataSource("packed", num_classes, channels, size, train, heldout, fingerprint)
 
 
 def pack(source: DataSource, folder: Path, told: Callable[[int, int], None] = lambda done, total: None) -> None:
@@ -72,22 +87,32 @@ def pack(source: DataSource, folder: Path, told: Callable[[int, int], None] = la
         raise ValueError(f"{there[0]} exists already: choose another folder, or delete it")
     folder.mkdir(parents=True, exist_ok=True)
     done, total = 0, len(source.train) + len(source.heldout)
-    for part in PARTS:
-        images = source.train if part == "train" else source.heldout
-        shape = (len(images), source.channels, source.input_size, source.input_size)
-        temporary = folder / f".{part}_images.{os.getpid()}.tmp"
-        try:
-            array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
+    shape = source.channels, source.input_size, source.input_size
+    parts = {"train": source.train, "heldout": source.heldout}
+    temporary = {part: folder / f".{part}_images.{os.getpid()}.tmp" for part in parts}
+    try:
+        arrays = {part: _make_array(temporary[part], (len(images), *shape)) for part, images in parts.items()}
+        for part, images in parts.items():
             for indices in torch.arange(len(images)).split(WRITTEN_TOGETHER):
-                array[indices.numpy()] = to_uint8(images.batch(indices)[0]).numpy()
+                arrays[part][indices.numpy()] = to_uint8(images.batch(indices)[0]).numpy()
                 done += len(indices)
                 told(done, total)
-            array.flush()
-            del array
+            arrays.pop(part).flush()
             np.save(folder / f"{part}_labels.npy", images.labels.numpy())
-            os.replace(temporary, folder / f"{part}_images.npy")  # last: images mean that labels are there
-        finally:
-            temporary.unlink(missing_ok=True)
+        for part in parts:
+            os.replace(temporary[part], folder / f"{part}_images.npy")  # last: images mean that labels are there
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+
+
+def _make_array(path: Path, shape: tuple[int, ...]) -> np.memmap:
+    """uint8, in a new file that has its room on the disk: written to without, it would end the process, not raise an error."""
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+    if hasattr(os, "posix_fallocate"):  # macOS has none
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
 
 
 def _check(root: Path, arrays: dict[str, np.ndarray]) -> tuple[int, int]:

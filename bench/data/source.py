@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 UINT8_RULE = "floor(127.5 * x + 128) clamped to 0..255"
+_HASHES: dict[str, str] = {}  # stamp of a data set's files -> its content hash
 
 
 class ImageSet(Protocol):
@@ -139,6 +140,22 @@ def hash_arrays(arrays: Iterable[tuple[str, np.ndarray]]) -> str:
         for start in range(0, len(array), rows_per_piece):
             digest.update(np.ascontiguousarray(array[start : start + rows_per_piece]).tobytes())
     return digest.hexdigest()
+
+
+def stamp(files: Iterable[Path], what: str = "") -> str:
+    """The same for files of the same paths, sizes and times of change: not what is in them, but whether to look again."""
+    digest = hashlib.sha256(what.encode())
+    for path in files:
+        found = path.stat()
+        digest.update(f"{path.absolute()} {found.st_size} {found.st_mtime_ns};".encode())
+    return digest.hexdigest()
+
+
+def hashed_once(key: str, fingerprint: Callable[[], str]) -> str:
+    """`fingerprint()`, which reads a whole data set: in one process only once for each `stamp` of its files."""
+    if key not in _HASHES:
+        _HASHES[key] = fingerprint()
+    return _HASHES[key]
 
 
 def hash_file(path: Path) -> str:

@@ -50,7 +50,7 @@ def objections(frame: pd.DataFrame) -> Iterator[Objection]:
         yield Objection("incomplete", f"runs {_listed(states)} are not done", "finish them or leave them out")
     done = runs[runs["state"] == "done"]
     unscored = sorted(set(done["run"]) - set(done[done["protocol_hash"] != ""]["run"]))
-    if unscored:
+    if unscored and (frame["protocol_hash"] != "").any():  # where nothing has scores, as on latents, nothing is left out
         yield Objection(
             "incomplete",
             f"runs {_listed(unscored)} have no scores",

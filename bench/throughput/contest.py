@@ -1,18 +1,34 @@
 """What is timed, and beside what? Contestants, from the words of the command line to configurations."""
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import NamedTuple
 
 from bench import job
 from bench.config import RunConfig
+from bench.settings import flat_settings
 
 CHANNELS, INPUT_SIZE, NUM_CLASSES = 4, 32, 1000  # the latents of 256x256 ImageNet
 PLAIN, FP32 = "naive", "fp32"  # baselines that are no method
 PRECISIONS = ("fp32", "bf16")
 NUM_SAMPLING_STEPS = 250
+FIXED = {  # what a row says of its contestant, by setting (or part of the settings) -> the flag that says it
+    "method": "--methods",
+    "options": "--methods",
+    "model": "--size",
+    "train.batch_size": "--batch",
+    "train.precision": "--precision",
+    "train.threads": "--threads",
+    "evaluation.steps": "",
+    "evaluation.block_size": "--batch",
+    "evaluation.guidance_scale": "--guidance",
+    "evaluation.precision": "--precision",
+    "system.device": "--device",
+    "system.compile": "--compile",
+    "system.compile_sampling": "--compile",
+}
 
 
 @dataclass(frozen=True)
@@ -78,9 +94,10 @@ def with_baselines(chosen: Sequence[Contestant], against: Iterable[str]) -> list
 def config_of(contestant: Contestant, setup: Setup) -> RunConfig:
     """The run that would train it. ValueError in one sentence for what is not allowed."""
     name, _, options = contestant.method.partition(":")
+    chosen = [f"options.{option}" for option in options.split(",") if option]
     settings = [
         f"method={name}",
-        *(f"options.{option}" for option in options.split(",") if option),
+        *chosen,
         *model_settings(contestant.size),
         "diffusion.schedule=linear",
         f"train.batch_size={contestant.batch_size}",
@@ -96,7 +113,20 @@ def config_of(contestant: Contestant, setup: Setup) -> RunConfig:
         f"system.device={setup.device}",
         *([f"system.compile={contestant.compiled}", "system.compile_sampling=true"] if contestant.compiled != "none" else []),
     ]
-    return job.make_config({}, [*settings, *setup.settings])
+    config = job.make_config({}, [*settings, *setup.settings])
+    check_fixed(job.make_config({}, settings), config, {option.partition("=")[0] for option in chosen})
+    return config
+
+
+def check_fixed(wanted: RunConfig, config: RunConfig, chosen: Collection[str]) -> None:
+    """ValueError for free settings that change what a row says. Of options they may change what was not `chosen`."""
+    before, after = flat_settings(asdict(wanted)), flat_settings(asdict(config))
+    for name, flag in FIXED.items():
+        for key in (key for key in before if key == name or key.startswith(f"{name}.")):
+            if before[key] != after.get(key) and (name != "options" or key in chosen):
+                raise ValueError(
+                    f"{key} is what {flag} says: give that" if flag else f"{key} is {before[key]} here: leave it out"
+                )
 
 
 def model_settings(size: str) -> list[str]:

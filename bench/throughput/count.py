@@ -3,19 +3,15 @@
 In fp32: bf16 keeps less, but for copies of weights.
 """
 
-from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 
 from bench import job, switches
 from bench.flops import Cost, measure
-from bench.memory import training_memory
+from bench.memory import training_memory, trains_fused_attention
 from bench.method import Method
 from bench.throughput.contest import CHANNELS, FP32, INPUT_SIZE, NUM_CLASSES, Contestant, Setup, config_of
 from bench.throughput.entrant import synthetic_latents
@@ -32,15 +28,6 @@ class Count(NamedTuple):
     need: Need
 
 
-class FusedAttention(TorchFunctionMode):
-    """As a fused kernel has it. What the meta device takes instead keeps all weights (B, heads, N, N), as plain code does."""
-
-    def __torch_function__(self, function: Any, types: Any, arguments: Sequence[Any] = (), options: Any = None) -> Any:
-        if function is F.scaled_dot_product_attention and len(arguments) == 3 and not options:  # no mask, no dropout
-            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*arguments)[0]
-        return function(*arguments, **(options or {}))
-
-
 def count_of(contestant: Contestant, setup: Setup) -> Count:
     """Of a plain version as of ours but for attention: sorted rows are as many as those behind masks."""
     return Count(_cost(replace(contestant, precision=FP32, compiled="none", plain=False), setup), _need(contestant, setup))
@@ -53,9 +40,10 @@ def _cost(contestant: Contestant, setup: Setup) -> Cost:
 
 def _need(contestant: Contestant, setup: Setup) -> Need:
     method, plain = _on_meta(contestant, setup), switches.parse(config_of(contestant, setup).system.plain)
-    attention = nullcontext() if keeps_attention_weights(contestant, setup) else FusedAttention()
-    with switches.only_off(plain), attention:
-        memory, made = training_memory(method, SHAPE, contestant.batch_size), bytes_made_for_steps(method)
+    fused = not contestant.plain and trains_fused_attention(setup.device, contestant.precision, contestant.compiled)
+    with switches.only_off(plain):
+        memory = training_memory(method, SHAPE, contestant.batch_size, fused_attention=fused)
+        made = bytes_made_for_steps(method)
     # gradients go, but a method may keep their memory; what it makes for a step it may keep too, and make again for the sampler
     held = memory.total - memory.activations + 2 * made
     return Need(held + (1 + PASSING) * memory.activations + LIBRARIES, held)
@@ -64,11 +52,6 @@ def _need(contestant: Contestant, setup: Setup) -> Need:
 def _on_meta(contestant: Contestant, setup: Setup) -> Method:
     with torch.device("meta"):
         return job.build_method(config_of(contestant, setup), synthetic_latents())
-
-
-def keeps_attention_weights(contestant: Contestant, setup: Setup) -> bool:
-    """In bf16 on a CPU ours trains attention in pieces, without the fused kernel: the switch `attention` says why."""
-    return contestant.plain or (setup.device == "cpu" and contestant.precision == "bf16")
 
 
 def bytes_made_for_steps(method: Method) -> int:

@@ -7,9 +7,10 @@ from bench.throughput.clock import synchroniser, time_turn
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SIZES = {"cpu": 2048, "cuda": 8192}  # of square matrices
 VENDOR_BF16 = (  # part of the device's name -> dense bf16 FLOP/s in its data sheet; the first that fits
+    ("H200 NVL", 835.5e12),
     ("H200", 989.5e12),
     ("H100 PCIe", 756e12),
-    ("H100 NVL", 835e12),
+    ("H100 NVL", 835.5e12),
     ("H100", 989.5e12),
     ("A100", 312e12),
 )

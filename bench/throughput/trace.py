@@ -1,9 +1,12 @@
 """Where does the time of a step go? A trace for chrome://tracing or Perfetto, and the operations that take most."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from bench.files import write_text_atomically
@@ -39,8 +42,15 @@ def profile_steps(run: Call, device: torch.device, trace: Path) -> str:
             run()
         wait()
     profiler.export_chrome_trace(str(trace))
+    return table_of(profiler.key_averages(), on_gpu)
+
+
+def table_of(averages: Iterable[Any], on_gpu: bool) -> str:
+    """Of a few steps. On a GPU kernels alone: each counts again in the operation that starts it, and in ranges around it."""
+    if on_gpu:
+        averages = [each for each in averages if each.device_type != DeviceType.CPU and not each.is_user_annotation]
     own = (lambda event: event.self_device_time_total) if on_gpu else (lambda event: event.self_cpu_time_total)
-    events = sorted(profiler.key_averages(), key=own, reverse=True)
+    events = sorted(averages, key=own, reverse=True)
     total = sum(own(event) for event in events) or 1.0
     lines = [f"{'operation':<48} {'ms/step':>9} {'share':>6} {'calls/step':>10}"]
     for event in events[:NUM_OPERATIONS]:
