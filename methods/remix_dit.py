@@ -219,7 +219,7 @@ class RemixDiT(Method):
                 state[f"blocks.{index}.{name}.weight"], state[f"blocks.{index}.{name}.bias"] = weight, bias
         expert.load_state_dict(state, assign=True)
         expert.time_embedding.frequencies = self.network.time_embedding.frequencies  # not in a state dict
-        return expert.requires_grad_(False).eval()
+        return expert.eval()  # not without gradients: autocast casts weights once, not in every step, only if they require them
 
     def load_dense(self, state: Mapping[str, Tensor]) -> None:
         """Every basis starts as a copy, so every expert whose coefficients sum to 1 equals the dense network."""

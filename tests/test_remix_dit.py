@@ -15,6 +15,7 @@ from helpers import (
     golden_method,
     tiny,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.diffusion import guide
 from bench.intervals import interval_of
@@ -193,6 +194,29 @@ def test_specialised_expert_costs_what_dense_costs():
     expert = method.specialise(method.intervals[0])
     assert sum(p.numel() for p in expert.parameters()) == sum(p.numel() for p in dense.parameters())
     assert method.num_active_parameters() == dense.num_active_parameters()
+
+
+class Casts(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.count += "_to_copy" in str(function)
+        return function(*arguments, **(keywords or {}))
+
+
+@torch.no_grad()
+def test_weights_of_a_specialised_expert_are_cast_once_for_all_steps_as_the_dense_ones_are():
+    counts = []
+    for method in (tiny("dense"), tiny("remix_dit")):
+        interval = method.intervals[0]
+        denoiser, (x, t, y) = method.specialise(interval), batch(interval)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            for _ in range(2):
+                with Casts() as casts:
+                    denoiser(x, t, y)
+                counts.append(casts.count)
+    first, second = counts[:2]
+    assert counts == [first, second] * 2 and first > second + 20
 
 
 def test_coefficients_have_their_own_learning_rate():
