@@ -112,7 +112,8 @@ def test_the_costs_are_waited_for_on_their_own_device(monkeypatch):
         return SimpleNamespace(record_event=lambda: event)
 
     monkeypatch.setattr(torch.cuda, "current_stream", stream)
-    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory, **options: torch.zeros(*size, **options))
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **options: empty(*size, **options))
     with FakeTensorMode():
         matching = Matching(torch.ones(3, 3, device="cuda:1"))
     assert queued == [torch.device("cuda:1")] and matching.arrived is event
