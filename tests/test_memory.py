@@ -45,7 +45,7 @@ def held_bytes(method: Method, num_images: int, index: int, bf16: bool, shape: S
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_estimate_is_what_a_real_step_holds(variant: str) -> None:
-    """In fp32 (but for the ends of torch 2.11's groups, 4 bytes an expert and block); in bf16 it holds no more."""
+    """In fp32, but for some tens of bytes on torch 2.11; in bf16 it holds no more."""
     for num_images in (3, 40):
         told, told_bf16 = (training_memory(tiny(variant), IMAGE, num_images, precision=p).total for p in ("fp32", "bf16"))
         last = len(tiny(variant).intervals) - 1
