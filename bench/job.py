@@ -66,11 +66,13 @@ def read_config(folder: Path, overrides: list[str] | None = None) -> RunConfig:
 
 
 def find_device(name: str) -> torch.device:
-    """ValueError in one sentence unless the device can be used here."""
+    """Which of several GPUs is this rank's is chosen here, and that float32 is computed as such. ValueError in one sentence
+    unless the device can be used.
+    """
     try:
         device = torch.device(name)
         choose_gpu(device)
-        torch.backends.cudnn.allow_tf32 = False  # as it is for matrix products: fp32 means fp32
+        torch.backends.cudnn.allow_tf32 = False  # as by default for matrix products
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]

@@ -3,8 +3,8 @@
 Weights, gradients, AdamW's two moments and the average, 4 bytes each, and what one micro-batch keeps for its backward
 pass in fp32 (in bf16 activations are less: the estimate is then too high). In bf16 it keeps a copy, 2 bytes each, of every
 weight that is multiplied too: of the whole network, also where a rank holds a part of it; with `recompute` of one block at
-a time. Of a sharded run a rank's part of each, and what is gathered at a time. Temporary
-buffers and the allocator's rounding come on top; `peak_memory_bytes` in a run's summary is measured.
+a time. Of a sharded run a rank's part of each, and what is gathered at a time. Temporary buffers and the allocator's rounding
+come on top; `peak_memory_bytes` in a run's summary is measured.
 """
 
 import copy

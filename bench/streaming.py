@@ -61,9 +61,8 @@ class Stream:
         done: list[SeenRound] = []
         for blocks in rounds:
             pause()
-            part = (
-                parts / f"seen-{blocks[0]:06d}-{len(blocks)}-{self.num_kept}.safetensors" if parts and len(rounds) > 1 else None
-            )
+            name = f"seen-{blocks[0]:06d}-{len(blocks)}-{self.num_kept}.safetensors"
+            part = parts / name if parts and len(rounds) > 1 else None
             found = _read(part, world) if part and world.decide(part.exists(), device) else None
             done.append(found or self._round(method, blocks, device, world, part, seconds))
         count, drawing = self.protocol.num_samples, sum(one.seconds for one in done)

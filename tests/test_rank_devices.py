@@ -75,7 +75,7 @@ def test_a_rank_puts_nothing_on_the_gpu_of_another(
 
 def test_where_there_is_no_gpu_it_is_said_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
-        pytest.skip("there is one")
+        pytest.skip("there is a GPU here, which is not refused")
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(ValueError, match=r"^system.device is 'cuda', which cannot be used here \([^\n]*\): choose cpu or cuda$"):
         job.find_device("cuda")
