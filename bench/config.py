@@ -168,6 +168,8 @@ class EvaluationConfig:
     extractor: str = "digits"  # digits, inception
     extractor_weights: str = ""  # a local file, for inception
     reference: str = ""  # an ADM reference file instead of the data set's own images
+    autoencoder: str = ""  # the folder of what decodes latents; without it, runs on latents have no scores
+    images: str = ""  # what latents were encoded from, to compare with: a folder of images, or what `tsbench pack` has written
     kid_subset_size: int = 250
     curve_every: int = 0  # score also the weights at every n-th of heldout.points; 0: only those at the end
 

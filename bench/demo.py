@@ -1,5 +1,6 @@
 """How does a suite become finished runs on one machine? What `tsbench demo` does."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from rich.console import Console
 from bench import job
 from bench.config import RunConfig
 from bench.data import load_data
-from bench.evaluate import EvalProtocol, floor_scores, protocol_of
+from bench.evaluate import EvalProtocol, floor_scores, protocol_of, why_no_floor
 from bench.files import make_folder, read_json, write_json_atomically
+from bench.pixels import pixels_of
 from bench.run_folder import clear, locked
 from bench.suite import suite_configs
 from bench.watch import Watch
@@ -60,12 +62,16 @@ def run_plan(plan: Plan, workers: int, console: Console) -> dict[str, str]:
 
 
 def write_floor(folder: Path, config: RunConfig) -> None:
-    """`floor.json`: real data against real data, by the protocol of a run."""
-    data = load_data(config.data)
-    path, protocol = folder / "floor.json", protocol_of(config.evaluation, data)
+    """`floor.json`: real data against real data, by the protocol of a run; without one, why, to stderr."""
+    pixels = pixels_of(config.evaluation, load_data(config.data))
+    assert pixels is not None, "only runs that can be scored have a floor"
+    path, protocol = folder / "floor.json", protocol_of(config.evaluation, pixels)
     if read_json(path, dict).get("protocol_hash") == protocol.hash:
         return
-    metrics = floor_scores(protocol, data)
+    if why := why_no_floor(protocol, pixels):
+        print(f"no floor: {why}", file=sys.stderr)
+        return
+    metrics = floor_scores(protocol, pixels)
     make_folder(folder)
     record = {"protocol_hash": protocol.hash, "protocol": protocol.content, "n": protocol.num_samples, "metrics": metrics}
     write_json_atomically(path, record)

@@ -32,7 +32,7 @@ def mean_and_covariance(features: Tensor) -> tuple[Tensor, Tensor]:
 
 def nearest_neighbour(samples: Tensor, train: ImageSet, device: str = "cpu", world: World | None = None) -> float:
     """Mean over samples (uint8 (n, C, H, W)) of the RMS pixel distance, pixels in 0..1, to the nearest training image."""
-    return rms_distance(nearest_squared(samples, train, device, world), samples[0].numel())
+    return rms_distance(nearest_squared([samples], train, device, world), samples[0].numel())
 
 
 def rms_distance(squared: Tensor, num_values: int) -> float:
@@ -40,23 +40,26 @@ def rms_distance(squared: Tensor, num_values: int) -> float:
     return (squared / num_values).sqrt().mean().item() / 255.0
 
 
-def nearest_squared(samples: Tensor, train: ImageSet, device: str = "cpu", world: World | None = None) -> Tensor:
-    """(n,) float64: squared distance, in pixels of 0..255, of each sample (uint8 (n, C, H, W)) to the nearest training image.
+def nearest_squared(samples: list[Tensor], train: ImageSet, device: str = "cpu", world: World | None = None) -> Tensor:
+    """(n,) float64: squared distance, in pixels of 0..255, of each sample to the nearest training image; infinity if there is
+    none. Samples come in parts, uint8 (n_i, C, H, W), and the training images are read once for all of them.
 
-    Exact: squares of integers are summed in float64, so that a copy has distance 0 and the order does not count. Ranks
+    Exact: squares of integers are summed in float64, so that a copy has distance 0 and neither order nor parts count. Ranks
     share the training images; all get the distances.
     """
     world = world or World()
-    nearest = torch.full((len(samples),), float("inf"), dtype=torch.float64, device=device)
     with world.together():
-        for indices in torch.arange(len(train)).split(NEIGHBOUR_CHUNK)[world.rank :: world.size]:
+        chunks = [chunk.flatten(1).to(device) for part in samples for chunk in part.split(NEIGHBOUR_CHUNK)]
+        nearest = [torch.full((len(chunk),), float("inf"), dtype=torch.float64, device=device) for chunk in chunks]
+        chosen = torch.arange(len(train)).split(NEIGHBOUR_CHUNK) if len(train) else ()
+        for indices in chosen[world.rank :: world.size]:
             real = to_uint8(train.batch(indices)[0]).flatten(1).to(device).double()
-            for start in range(0, len(samples), NEIGHBOUR_CHUNK):
-                part = samples[start : start + NEIGHBOUR_CHUNK].flatten(1).to(device).double()
-                squared = part.square().sum(1, keepdim=True) + real.square().sum(1) - 2 * part @ real.T  # (n, m)
-                found = nearest[start : start + len(part)]
-                torch.minimum(found, squared.amin(1), out=found)
-    return world.gather(nearest.cpu()[None]).amin(0)  # over ranks
+            squares = real.square().sum(1)
+            for chunk, found in zip(chunks, nearest, strict=True):
+                # |x - r|^2 = |x|^2 + (|r|^2 - 2 x.r): what does not depend on r is added at the end
+                torch.minimum(found, torch.addmm(squares, chunk.double(), real.T, alpha=-2).amin(1), out=found)
+        of_samples = torch.cat([chunk.double().square().sum(1) + found for chunk, found in zip(chunks, nearest, strict=True)])
+    return world.gather(of_samples.cpu()[None]).amin(0)  # over ranks
 
 
 def _root(covariance: Tensor) -> Tensor:

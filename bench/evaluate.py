@@ -9,6 +9,8 @@ Lower is better for distances, higher for the rest:
     class_accuracy           share of images that the extractor recognises as what was asked for (digits)
     nearest_neighbour        mean RMS pixel distance (pixels in 0..1) to the nearest training image: near 0 is copying
 
+Latents that are compared with a reference file alone have no fid_heldout and no nearest_neighbour.
+
 Ranks share what grows with the number of images: features and the search for neighbours. Rank 0 computes the rest, so
 that the scores are the same to the bit for any number of ranks.
 """
@@ -88,10 +90,15 @@ def prepare(protocol: EvalProtocol, data: DataSource, device: str, world: World)
 
 def look_at(samples: Tensor, protocol: EvalProtocol, data: DataSource, device: str, world: World, seconds: Seconds) -> Seen:
     """All that scores need of these samples, uint8 (n, C, H, W)."""
-    with seconds.of("features"):
-        features = _extract(samples, protocol, device, world)
+    features = features_of(samples, protocol, device, world, seconds)
     with seconds.of("comparison"):
-        return Seen(features, nearest_squared(samples, data.train, device, world))
+        return Seen(features, nearest_squared([samples], data.train, device, world))
+
+
+def features_of(samples: Tensor, protocol: EvalProtocol, device: str, world: World, seconds: Seconds) -> dict[str, Tensor]:
+    """The part of `Seen` for which no other images are read."""
+    with seconds.of("features"):
+        return _extract(samples, protocol, device, world)
 
 
 def score_seen(
@@ -109,14 +116,32 @@ def score_seen(
         reference = _reference(protocol, data, device, world, references)
     with seconds.of("comparison"):
         num_values = data.channels * data.input_size**2
-        scores = {"nearest_neighbour": rms_distance(seen.nearest, num_values)}
-        names = [*METRICS, "class_accuracy"] if protocol.extractor == "digits" else METRICS  # its classes are the data's
+        names = metrics_of(protocol, data)
+        scores = {"nearest_neighbour": rms_distance(seen.nearest, num_values)} if len(data.train) else {}
         with world.together():
             if reference is not None:
                 scores |= _compare(seen.features, labels, reference, protocol, device)
                 assert scores.keys() == set(names) and all(math.isfinite(value) for value in scores.values()), scores
         shared = {name: world.agree(scores.get(name, 0.0), torch.device("cpu")) for name in names}
     return {**shared, "n": len(labels)}
+
+
+def metrics_of(protocol: EvalProtocol, data: DataSource) -> list[str]:
+    """Those that samples can be scored by."""
+    needed = {"fid_heldout": data.heldout, "nearest_neighbour": data.train}
+    names = [name for name in METRICS if name not in needed or len(needed[name])]
+    return [*names, "class_accuracy"] if protocol.extractor == "digits" else names  # its classes are the data's
+
+
+def why_no_floor(protocol: EvalProtocol, data: DataSource) -> str:
+    """In one sentence; empty if there are images enough."""
+    for images, name in ((data.heldout, "held-out"), (data.train, "training")):
+        if len(images) < protocol.num_samples:
+            return (
+                f"evaluation.num_samples is {protocol.num_samples}, but there are only {len(images)} {name} images to compute "
+                f"a floor from: set it to {len(images)} or less"
+            )
+    return ""
 
 
 def floor_scores(protocol: EvalProtocol, data: DataSource, device: str = "cpu") -> dict[str, float]:
@@ -126,23 +151,15 @@ def floor_scores(protocol: EvalProtocol, data: DataSource, device: str = "cpu") 
     each class, without randomness.
     """
     count = protocol.num_samples
-    if len(data.heldout) < count:
-        raise ValueError(
-            f"evaluation.num_samples is {count}, but only {len(data.heldout)} images are held out to compute a floor from: "
-            f"set it to {len(data.heldout)} or less"
-        )
-    if len(data.train) < count:
-        raise ValueError(
-            f"evaluation.num_samples is {count}, but there are only {len(data.train)} training images to compute a floor from: "
-            f"set it to {len(data.train)} or less"
-        )
+    if why := why_no_floor(protocol, data):
+        raise ValueError(why)
     images, labels = _images(data.heldout, torch.arange(count))
     seen = look_at(images, protocol, data, device, World(), Seconds())
     scores = score_seen(seen, labels, protocol, data, device, World(), None, Seconds())
     chosen, _ = _images(data.train, spread_choice(data.train.labels, count))
     features = _extract(chosen, protocol, device, World())[fidelity.layer(protocol.extractor, "fid")]
     reference = _reference(protocol, data, device, World(), None)
-    assert reference is not None
+    assert reference is not None and reference.heldout is not None
     scores["fid_heldout"] = frechet_distance(*mean_and_covariance(features), *reference.heldout)
     return scores
 
@@ -157,12 +174,13 @@ def _compare(
     unit_norm = protocol.extractor != "inception"
     scores = {
         "fid_train": frechet_distance(*statistics, *reference.train),
-        "fid_heldout": frechet_distance(*statistics, *reference.heldout),
         "kid": fidelity.kernel_distance(pooled, reference.features, protocol.kid_subsets, protocol.kid_subset_size, unit_norm),
         "precision": precision,
         "recall": recall,
         "inception_score": fidelity.inception_score(logits, protocol.inception_score_splits),
     }
+    if reference.heldout is not None:
+        scores["fid_heldout"] = frechet_distance(*statistics, *reference.heldout)
     if protocol.extractor == "digits":
         scores["class_accuracy"] = (logits.argmax(1) == labels.cpu()).double().mean().item()
     return scores

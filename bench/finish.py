@@ -23,8 +23,8 @@ from bench.trainer import Interrupted, Trainer, never
 
 OF_TRAINING, OF_SCORING = ("summary.json", "diagnostics.npz"), ("samples.npz", "trajectory.npz")
 NOT_SCORED = (
-    "trained to its end, and not scored: its data are latents, and there is no decoder here; to score it, decode samples of its "
-    "checkpoint elsewhere, or train on a data set of pixels"
+    "trained to its end, and not scored: its data are latents, and evaluation.autoencoder, which decodes them, is not set; "
+    "`tsbench evaluate RUN evaluation.autoencoder=FOLDER evaluation.images=IMAGES evaluation.extractor=inception ...` scores it"
 )
 FILMS = "bench/trajectory.py"  # code that leaves a trajectory
 REFERENCES = "references"  # beside the run folders: what samples are compared with, for all runs
@@ -80,9 +80,7 @@ class Finisher:
             samples, record = self.score()
             with trainer.world.together():
                 if is_main:
-                    assert samples.trajectory is not None
-                    write_trajectory(self.folder, samples.trajectory)
-                    adm.write_samples(self.folder / "samples.npz", samples.images)
+                    self.put_samples(samples)
                     self.put_score(record)
                     shutil.rmtree(self.parts, ignore_errors=True)
 
@@ -120,6 +118,12 @@ class Finisher:
         how = self.protocol, self.data, str(trainer.device), trainer.world, references, seconds
         return samples, score(samples.images, samples.labels, *how)
 
+    def put_samples(self, samples: Samples) -> None:
+        """Into the run's folder."""
+        assert samples.trajectory is not None
+        write_trajectory(self.folder, samples.trajectory)
+        adm.write_samples(self.folder / "samples.npz", samples.images)
+
     def put_score(self, record: dict[str, Any]) -> None:
         """Into `eval.json`, in place of one under the same protocol."""
         others = [other for other in Run(self.folder).evaluations if other["protocol_hash"] != self.protocol.hash]
@@ -148,5 +152,8 @@ class Finisher:
             trainer.restore()
 
     def _pause(self) -> None:
-        if self.trainer.world.any(self.should_stop(), self.trainer.device):
+        world = self.trainer.world
+        with world.together():  # rank 0 may have lost the run to another process
+            told = self.should_stop()
+        if world.any(told, self.trainer.device):
             raise Interrupted("stopped while it was scored; everything made so far is kept")

@@ -6,6 +6,7 @@ its last checkpoint when the same command is given again.
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -19,13 +20,14 @@ from bench.config import RUN, RunConfig
 from bench.data import DataSource, load_data
 from bench.distributed import World, choose_gpu, world_from_environment
 from bench.files import write_json_atomically, write_text_atomically
-from bench.finish import NOT_SCORED, Finisher, is_scored_by, look_inside
+from bench.finish import NOT_SCORED, REFERENCES, Finisher, is_scored_by, look_inside
 from bench.finish import is_trained as is_trained
 from bench.flops import Cost
 from bench.method import Method, load_exactly
+from bench.pixels import pixels_of
 from bench.prepare import place_config as place_config
 from bench.prepare import prepare_folder as prepare_folder
-from bench.protocol import check_if_scored, hashed_by_rank_0, protocol_if_scored
+from bench.protocol import hashed_by_rank_0, pixels_to_score, protocol_of
 from bench.provenance import code_difference, code_files, imported_methods
 from bench.run_folder import held, left_cause, read_back, summary_of
 from bench.run_folder import locked as locked
@@ -125,48 +127,55 @@ def run(
     """
     world = world or World()
     device = find_device(config.system.device)
-    data = hashed_by_rank_0(load_data(config.data), world)
+    with world.together():  # a folder may be missing on one machine
+        data = load_data(config.data)
+        pixels = pixels_to_score(config.evaluation, data)
+        experts.check_folder(config, folder)
+    pixels = pixels and hashed_by_rank_0(pixels, world, folder.parent / REFERENCES)
     build_whole = partial(build_method, config, data)
     if config.system.compile != "none" or config.system.compile_sampling:
         torch.compiler.reset()  # what an earlier run of this process has compiled would count towards the limit on recompiling
-    sharded = sharded_run.check(config, folder, world, is_trained(folder))
-    method, initial_flops = _initial_method(config, data, folder.parent, world if sharded else None)
-    check_if_scored(config.evaluation, data)
+    was_trained = world.decide(is_trained(folder), device)
+    sharded = sharded_run.check(config, folder, world, was_trained)
+    with nullcontext() if sharded else world.together():  # sharded, ranks send messages meanwhile
+        method, initial_flops = _initial_method(config, data, folder.parent, world if sharded else None)
     sampler = make_sampler(config.diffusion, config.evaluation, config.model, data, config.system.compile_sampling)
     apart = _are_apart(config, method, expert)
-    experts.check_folder(config, folder)
-    if _nothing_is_left(config, data, folder, world):
+    if _nothing_is_left(config, pixels, folder, world):
         return
-    if apart and not world.decide(is_trained(folder), device):
+    if apart and not was_trained:
         for index in range(len(method.intervals)) if expert is None else [expert]:
             if not world.decide(experts.is_trained(folder, index), device):
                 _train_expert(config, data, folder, world, index, should_stop, is_dead)
         if not world.decide(experts.all_done(folder, len(method.intervals)), device):
             return
     cost = sharded_run.cost_of(build_whole, data) if sharded else None
-    trainer = Trainer(method, config, data, folder, world, cost, should_stop=should_stop)
+    trainer = Trainer(method, config, data, folder, world, cost, should_stop=should_stop, only_scored=was_trained)
     with held(trainer, folder, is_dead), left_cause(folder, world):
-        if _nothing_is_left(config, data, folder, world):  # meanwhile, by the job of another expert
+        if _nothing_is_left(config, pixels, folder, world):  # meanwhile, by the job of another expert
             return
         trained = world.decide(is_trained(folder), device)
         if trained:
             trainer.restore()
         if not (trained and trainer.finished()):  # its last checkpoint may be damaged: the one before is not what is scored
-            _assemble(trainer) if apart else trainer.fit()
-            if world.is_main:
-                summary = summary_of_jobs if apart else summary_of
-                write_json_atomically(folder / "summary.json", summary(trainer, initial_flops))
+            trainer.prepare_to_train()
+            assemble(trainer) if apart else trainer.fit()
+            with world.together():
+                if world.is_main:
+                    summary = summary_of_jobs if apart else summary_of
+                    write_json_atomically(folder / "summary.json", summary(trainer, initial_flops))
             if sharded:
                 trainer = sharded_run.gathered(trainer, build_whole)
-        if protocol := protocol_if_scored(config.evaluation, data):
-            Finisher(trainer, sampler, protocol, data, trainer.should_stop).finish()
+        if pixels:
+            Finisher(trainer, sampler, protocol_of(config.evaluation, pixels), pixels, trainer.should_stop).finish()
         else:
             look_inside(trainer)
-        if world.is_main:
-            read_back(folder, scored=data.pixels)
-            write_text_atomically(folder / "done", "")
-            if not data.pixels:
-                print(f"run {folder.name} is {NOT_SCORED}", file=sys.stderr, flush=True)
+        with world.together():
+            if world.is_main:
+                read_back(folder, scored=pixels is not None)
+                write_text_atomically(folder / "done", "")
+                if not pixels:
+                    print(f"run {folder.name} is {NOT_SCORED}", file=sys.stderr, flush=True)
 
 
 def _are_apart(config: RunConfig, method: Method, expert: int | None) -> bool:
@@ -193,41 +202,34 @@ def _train_expert(
     method, _ = _initial_method(config, data, folder.parent)
     place = expert_folder(folder, index)
     trainer = Trainer(method, config, data, place, world, experts=frozenset({index}), should_stop=should_stop)
-    if world.is_main:
-        experts.begin(config, folder)
+    with world.together():
+        if world.is_main:
+            experts.begin(config, folder)
     with held(trainer, place, is_dead), left_cause(place, world):
         experts.train_expert(trainer)
-
-
-def _assemble(trainer: Trainer) -> None:
-    """By rank 0; then all have the same."""
-    if trainer.world.is_main:
-        assemble(trainer)
-    trainer.world.barrier()
-    trainer.restore()
 
 
 def check(config: RunConfig) -> Cost:
     """What training costs; ValueError in one sentence for what cannot be run here. Writes nothing."""
     find_device(config.system.device)
     data = load_data(config.data)
-    check_if_scored(config.evaluation, data)
+    pixels_to_score(config.evaluation, data)
     make_sampler(config.diffusion, config.evaluation, config.model, data)
     return Trainer(build_method(config, data), config, data).cost
 
 
 def is_scored(config: RunConfig, folder: Path) -> bool:
     """Whether nothing is left to do for a run."""
-    return _nothing_is_left(config, load_data(config.data), folder, World())
+    pixels = pixels_of(config.evaluation, load_data(config.data))
+    return _nothing_is_left(config, pixels and hashed_by_rank_0(pixels, World(), folder.parent / REFERENCES), folder, World())
 
 
-def _nothing_is_left(config: RunConfig, data: DataSource, folder: Path, world: World) -> bool:
-    """On every rank. Only for a run that is trained, the data are hashed for it."""
+def _nothing_is_left(config: RunConfig, pixels: DataSource | None, folder: Path, world: World) -> bool:
+    """On every rank. Only for a run that is trained, the images are hashed for it."""
     device = torch.device(config.system.device)
     if not world.decide(is_trained(folder) and (folder / "provenance.json").exists(), device):
         return False
-    protocol = protocol_if_scored(config.evaluation, data)
-    return protocol is None or world.decide(is_scored_by(folder, protocol), device)
+    return pixels is None or world.decide(is_scored_by(folder, protocol_of(config.evaluation, pixels)), device)
 
 
 def load_trained(folder: Path, overrides: list[str] | None = None) -> tuple[RunConfig, DataSource, Method]:

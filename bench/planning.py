@@ -21,7 +21,8 @@ from bench.distributed import World
 from bench.flops import Cost, measure
 from bench.memory import Memory, training_memory, trains_fused_attention
 from bench.method import Method
-from bench.protocol import check_if_scored
+from bench.pixels import EMBEDDED
+from bench.protocol import pixels_to_score
 from bench.published.costs import Latents
 from bench.sample import make_sampler
 from bench.suite import SuiteRun
@@ -106,7 +107,7 @@ def _plan(run: SuiteRun, world_size: int, only_look: bool) -> PlannedRun:
     if not missing:
         data = load_data(config.data)
         make_sampler(config.diffusion, config.evaluation, config.model, data)
-        check_if_scored(config.evaluation, data)
+        pixels_to_score(config.evaluation, data)
     batch, num_passes = config.train.batch_size, shares.num_passes(config.train, world_size)
     network = _Network.of(config)
     method, cost = _measured(network)
@@ -129,9 +130,11 @@ def _plan(run: SuiteRun, world_size: int, only_look: bool) -> PlannedRun:
 
 
 def missing_files(config: RunConfig) -> tuple[str, ...]:
-    """Of the data, the extractor and the reference, what the configuration names and is not here."""
+    """Of the data, and of what scoring needs, what the configuration names and is not here."""
     not_given = "data.path, which is not given" if config.data.name == "latents" else ""
-    named = (config.data.path or not_given, config.evaluation.extractor_weights, config.evaluation.reference)
+    scoring = config.evaluation
+    images = "" if scoring.images == EMBEDDED else scoring.images
+    named = (config.data.path or not_given, scoring.extractor_weights, scoring.reference, scoring.autoencoder, images)
     return tuple(path for path in named if path and not Path(path).exists())
 
 

@@ -17,6 +17,7 @@ from bench.config import ONLY_WHEN_SET, EvaluationConfig, content_hash
 from bench.data import UINT8_RULE, DataSource
 from bench.data.source import hash_file
 from bench.distributed import World
+from bench.pixels import pixels_of
 from bench.walk import solver_of
 
 LABEL_SCHEME = "balanced: image i has class i modulo the number of classes"
@@ -68,36 +69,45 @@ class EvalProtocol:
         return content_hash(self.content)
 
 
-def check_scoring(config: EvaluationConfig, data: DataSource) -> None:
-    """ValueError in one sentence if a data set cannot be scored so. Nothing is hashed, and of the data no image is read."""
-    check_pixels(data)
-    _check_extractor_fits(config.extractor, data)
+def check_scoring(config: EvaluationConfig, pixels: DataSource) -> None:
+    """ValueError in one sentence if samples cannot be compared with these images so. Nothing is hashed, no image is read."""
+    _check_extractor_fits(config.extractor, pixels)
     if config.sampler != "ddim" and config.eta != 0:
         raise ValueError(f"evaluation.eta is {config.eta}, which only the ddim sampler has: set it to 0 for {config.sampler}")
     fidelity.check_weights(config.extractor, config.extractor_weights)
     if config.reference:
-        _check_reference(config, data)
-    _check_counts(config, data)
+        _check_reference(config, pixels)
+    _check_counts(config, pixels)
 
 
-def check_if_scored(config: EvaluationConfig, data: DataSource) -> None:
-    """`check_scoring` for a run, which on latents ends without scores, and cannot have them on its way."""
-    if data.pixels:
-        check_scoring(config, data)
+def pixels_to_score(config: EvaluationConfig, data: DataSource) -> DataSource | None:
+    """What the samples of a run are compared with, by `check_scoring` found fit for it; None for latents that nothing decodes,
+    which end without scores, and cannot have them on their way.
+    """
+    pixels = pixels_of(config, data)
+    if pixels is not None:
+        check_scoring(config, pixels)
     elif config.curve_every:
-        raise ValueError(f"evaluation.curve_every is {config.curve_every}, but {data.name} are not scored: set it to 0")
+        raise ValueError(
+            f"evaluation.curve_every is {config.curve_every}, but {data.name} are not scored without evaluation.autoencoder: "
+            "give one, or set it to 0"
+        )
+    return pixels
 
 
-def protocol_of(config: EvaluationConfig, data: DataSource) -> EvalProtocol:
-    """The protocol that a configuration and a data set make, which is read for it; ValueError as by `check_scoring`."""
-    check_scoring(config, data)
+def protocol_of(config: EvaluationConfig, pixels: DataSource) -> EvalProtocol:
+    """The protocol that a configuration and the images to compare with (`bench.pixels.pixels_of`) make, which are read for
+    it; ValueError as by `check_scoring`.
+    """
+    assert pixels.pixels
+    check_scoring(config, pixels)
     return EvalProtocol(
         extractor=config.extractor,
         extractor_sha256=fidelity.weights_hash(config.extractor, config.extractor_weights),
-        data=data.name,
-        data_sha256=data.content_hash,
+        data=pixels.name,
+        data_sha256=pixels.content_hash,
         reference="adm" if config.reference else "train",
-        reference_sha256=hash_file(Path(config.reference)) if config.reference else data.content_hash,
+        reference_sha256=hash_file(Path(config.reference)) if config.reference else pixels.content_hash,
         num_samples=config.num_samples,
         sampler=config.sampler,
         steps=config.steps,
@@ -107,6 +117,7 @@ def protocol_of(config: EvaluationConfig, data: DataSource) -> EvalProtocol:
         guidance_start=config.guidance_start,
         guidance_stop=config.guidance_stop,
         solver=solver_of(config.sampler),
+        decoder=pixels.decoder(),
         precision=config.precision,
         seed=config.seed,
         block_size=config.block_size,
@@ -117,20 +128,18 @@ def protocol_of(config: EvaluationConfig, data: DataSource) -> EvalProtocol:
     )
 
 
-def protocol_if_scored(config: EvaluationConfig, data: DataSource) -> EvalProtocol | None:
-    """As `protocol_of`; None for latents, of which there are no images to score."""
-    return protocol_of(config, data) if data.pixels else None
-
-
-def hashed_by_rank_0(data: DataSource, world: World) -> DataSource:
-    """The same data set, which one rank reads to hash it for all; all must ask for its hash at the same place."""
+def hashed_by_rank_0(data: DataSource, world: World, digests: Path | None = None) -> DataSource:
+    """The same data set, which one rank reads to hash it for all; all must ask for its hash at the same place. It is kept in the
+    folder `digests` for the runs that follow.
+    """
+    read = replace(data, digests=digests)
 
     def fingerprint() -> str:
         with world.together():
-            own = data.content_hash if world.is_main else ""
+            own = read.content_hash if world.is_main else ""
         return world.share_text(own)
 
-    return replace(data, fingerprint=fingerprint)
+    return replace(data, fingerprint=fingerprint, stamp=None)
 
 
 def differences(a: EvalProtocol | Mapping[str, Any], b: EvalProtocol | Mapping[str, Any]) -> list[str]:
@@ -153,25 +162,16 @@ def _check_reference(config: EvaluationConfig, data: DataSource) -> None:
         raise ValueError(f"{path} has images of shape {shape[1:]}, but {data.name} has {own}: choose another reference")
 
 
-def check_pixels(data: DataSource) -> None:
-    """ValueError if a data set holds latents: taken for images, they would be drawn and scored as what they are not."""
-    if not data.pixels:
-        raise ValueError(
-            f"data set {data.name!r} holds latents, and there is no decoder here to draw or score images of them: "
-            "a run on them is trained to its end without scores; decode elsewhere, or choose a data set of pixels"
-        )
-
-
 def _check_extractor_fits(extractor: str, data: DataSource) -> None:
     if extractor == "digits" and data.name != "digits":
-        raise ValueError(f"evaluation.extractor is digits, but the data set is {data.name!r}: choose inception")
+        raise ValueError("evaluation.extractor is digits, which knows the images of data set digits alone: choose inception")
     if extractor == "inception" and data.channels != 3:
         raise ValueError(
             f"evaluation.extractor is inception, which needs 3 channels, but {data.name} has {data.channels}: choose digits"
         )
 
 
-def _check_counts(config: EvaluationConfig, data: DataSource) -> None:
+def _check_counts(config: EvaluationConfig, pixels: DataSource) -> None:
     """Too few images for a metric: Kernel distance subsets, one image per part of the Inception Score, a covariance."""
     least = max(config.kid_subset_size, EvalProtocol.inception_score_splits, EvalProtocol.neighbours + 1)
     if config.num_samples < least:
@@ -180,15 +180,19 @@ def _check_counts(config: EvaluationConfig, data: DataSource) -> None:
             f"(evaluation.kid_subset_size is {config.kid_subset_size}): draw more, or lower evaluation.kid_subset_size"
         )
     shape = adm.image_shape(Path(config.reference)) if config.reference else None
-    num_reference = len(data.train) if shape is None else shape[0]
+    if shape is None and not len(pixels.train):  # latents, without what they were encoded from
+        raise ValueError(
+            "there are no images to compare samples with: set evaluation.images, or evaluation.reference to a file that has some"
+        )
+    num_reference = len(pixels.train) if shape is None else shape[0]
     least = max(config.kid_subset_size, EvalProtocol.neighbours + 1)
     if num_reference < least:
         raise ValueError(
             f"there are {num_reference} images to compare samples with, but the metrics need {least} "
             f"(evaluation.kid_subset_size is {config.kid_subset_size}): lower it, or use a larger set"
         )
-    if len(data.heldout) < 2:
-        raise ValueError(f"{len(data.heldout)} images are held out, too few for a covariance: hold out more")
+    if len(pixels.train) and len(pixels.heldout) < 2:
+        raise ValueError(f"{len(pixels.heldout)} images are held out, too few for a covariance: hold out more")
 
 
 def check_data(protocol: EvalProtocol, data: DataSource) -> None:

@@ -18,7 +18,7 @@ from bench.files import read_json
 ROOT = Path(__file__).resolve().parent.parent
 PRESENTATION = {
     *("__main__", "cli", "demo", "progress", "result_commands", "sweeps", "sweep_views", "launch", "planning", "memory", "suite"),
-    *("arrays", "data_commands", "files", "lease", "prepare", "trained", "provenance", "runs", "stopping"),
+    *("arrays", "data_commands", "encode", "files", "lease", "prepare", "trained", "provenance", "runs", "stopping"),
     *("figures", "keep", "plan", "plots", "published", "report", "show", "statistics", "tables", "throughput", "tidy", "watch"),
 }  # modules of bench that change no number
 LIBRARIES = ("torch", "timm", "torch-fidelity", "numpy", "scipy", "scikit-learn")

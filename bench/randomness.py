@@ -66,16 +66,28 @@ def draw_batch(
     read.
     """
     count, seed = config.train.batch_size, config.seed
-    x0, y = data.train.batch(image_indices(step, count, len(data.train), seed)[rows])
-    device = x0.device  # of images that are kept there
+    indices = image_indices(step, count, len(data.train), seed)[rows]
     if config.data.flip:
-        flipped = torch.rand(count, generator=generator(seed, "flip", step))[rows] < 0.5
-        x0 = torch.where(moved(flipped, device)[:, None, None, None], x0.flip(-1), x0)
+        x0, y = _flip(data, indices, torch.rand(count, generator=generator(seed, "flip", step))[rows] < 0.5)
+    else:
+        x0, y = data.train.batch(indices)
+    device = x0.device  # of images that are kept there
     dropped = torch.rand(count, generator=generator(seed, "label dropout", step))[rows] < config.train.label_dropout
     y = y.masked_fill(moved(dropped, device), data.num_classes)
     t = draw_timesteps(step, interval, config)[rows]
     noise = torch.randn((count, *x0.shape[1:]), generator=generator(seed, "noise", step))[rows]
     return Batch(x0, noise, t, y, interval, progress)
+
+
+def _flip(data: DataSource, indices: Tensor, flipped: Tensor) -> tuple[Tensor, Tensor]:
+    """Training images, those that are `flipped` (B,) mirrored: pixels here, latents when their images were encoded."""
+    if data.mirrored is None:
+        x, y = data.train.batch(indices)
+        return torch.where(moved(flipped, x.device)[:, None, None, None], x.flip(-1), x), y
+    parts = data.train.batch(indices[~flipped]), data.mirrored.batch(indices[flipped])
+    place = torch.cat([(~flipped).nonzero(), flipped.nonzero()]).squeeze(1).argsort()  # in `parts`, of each of `indices`
+    x, y = (torch.cat(both)[moved(place, both[0].device)] for both in zip(*parts, strict=True))
+    return x, y
 
 
 def draw_timesteps(step: int, interval: Interval, config: RunConfig) -> Tensor:

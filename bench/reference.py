@@ -26,6 +26,7 @@ from bench.protocol import EvalProtocol
 
 CONTENTS = ("extractor", "extractor_sha256", "data_sha256", "reference", "reference_sha256", "feature_batch_size", "uint8_rule")
 PARTS = ("mean", "covariance", "heldout_mean", "heldout_covariance", "features")
+NOTHING = (torch.empty(0, dtype=torch.float64), torch.empty(0, 0, dtype=torch.float64))  # in a file, statistics of no images
 KEPT_FROM = 5000  # images to look at; fewer take seconds, and leave no file
 
 Extract = Callable[[Tensor | ImageSet], dict[str, Tensor]]
@@ -36,7 +37,7 @@ class Reference:
     """What samples are compared with."""
 
     train: tuple[Tensor, Tensor]  # mean and covariance: of the training set, or the reference file's
-    heldout: tuple[Tensor, Tensor]
+    heldout: tuple[Tensor, Tensor] | None  # None: no images are held out
     features: Tensor  # (m, width): of the training set, or of the reference file's images
 
 
@@ -44,7 +45,10 @@ def make_reference(
     protocol: EvalProtocol, data: DataSource, extract: Extract, device: str, world: World, folder: Path | None
 ) -> Reference | None:
     """Read from `folder` if it is there, else computed with the help of all ranks and kept there; rank 0 gets it."""
-    num_images = len(data.train) + len(data.heldout)
+    file = Path(protocol.reference_path)
+    with world.together():
+        of_file = adm.image_shape(file) if protocol.reference == "adm" else None
+    num_images = (of_file[0] if of_file else len(data.train)) + len(data.heldout)
     path = folder / f"{reference_key(protocol, device)}.safetensors" if folder and num_images >= KEPT_FROM else None
     with world.together():
         found = _read(path) if path and world.is_main else None
@@ -52,16 +56,16 @@ def make_reference(
         return found
     name = fidelity.layer(protocol.extractor, "fid")
     with world.together():
-        file = Path(protocol.reference_path)
-        images = adm.read_images(file) if protocol.reference == "adm" and adm.image_shape(file) is not None else None
-    of_heldout = extract(data.heldout)
-    of_train = extract(data.train if images is None else images)
+        images = adm.read_images(file) if of_file else data.train
+    of_heldout = extract(data.heldout) if len(data.heldout) else {}
+    of_train = extract(images)
     reference: Reference | None = None
     with world.together():
         if world.is_main:
             stored = adm.read_reference(file) if protocol.reference == "adm" else None
             train = (stored.mean, stored.covariance) if stored else mean_and_covariance(of_train[name])
-            reference = Reference(train, mean_and_covariance(of_heldout[name]), of_train[name])
+            heldout = mean_and_covariance(of_heldout[name]) if of_heldout else None
+            reference = Reference(train, heldout, of_train[name])
             if path:
                 _write(path, reference)
     return reference
@@ -74,7 +78,8 @@ def reference_key(protocol: EvalProtocol, device: str) -> str:
 
 
 def _write(path: Path, reference: Reference) -> None:
-    parts = dict(zip(PARTS, (*reference.train, *reference.heldout, reference.features), strict=True))
+    heldout = reference.heldout or NOTHING
+    parts = dict(zip(PARTS, (*reference.train, *heldout, reference.features), strict=True))
     parts = {name: tensor.contiguous() for name, tensor in parts.items()}
     make_folder(path.parent)
     write_bytes_atomically(path, save(parts, {"sha256": _hash(parts)}))
@@ -94,7 +99,8 @@ def _read(path: Path) -> Reference | None:
         warnings.warn(f"{path} is damaged and is computed again", stacklevel=2)
         return None
     mean, covariance, heldout_mean, heldout_covariance, features = (parts[name] for name in PARTS)
-    return Reference((mean, covariance), (heldout_mean, heldout_covariance), features)
+    heldout = (heldout_mean, heldout_covariance) if len(heldout_mean) else None
+    return Reference((mean, covariance), heldout, features)
 
 
 def _hash(parts: dict[str, Tensor]) -> str:

@@ -29,7 +29,7 @@ LEFT_BY_EXPERT = ("config.yaml", "provenance.json", "summary.json", "metrics.jso
 METRICS = "metrics.jsonl"  # of a run that is kept beside results: compressed, with .gz after it
 CURVE = "curve.json"  # scores of the weights at places of training, one record each
 RECORD = ("protocol_hash", "protocol", "n", "metrics")  # what a record of scores has at least
-LATENTS = "latents"  # the data set without pixels
+LATENTS = "latents"  # the data set whose samples are images only when they are decoded
 PLACE = ("images_seen", "train_flops", "device_seconds")  # of training
 
 
@@ -84,11 +84,11 @@ class Run:
     def diagnostics(self) -> dict[str, Diagnostic]:
         return read_diagnostics(self.path)
 
-    @property
-    def has_pixels(self) -> bool:
-        """Whether it draws images, which can be scored; one on latents is done without."""
-        name: str = (read_yaml(self.path / "config.yaml").get("data") or {}).get("name", "")
-        return name != LATENTS
+    def has_pixels(self, evaluation: Mapping[str, Any]) -> bool:
+        """Whether it draws images, which can be scored; one on latents is done without, where nothing decodes them."""
+        config = read_yaml(self.path / "config.yaml")
+        name: str = (config.get("data") or {}).get("name", "")
+        return name != LATENTS or bool({**(config.get("evaluation") or {}), **evaluation}.get("autoencoder"))
 
     def is_scored_under(self, evaluation: Mapping[str, Any]) -> bool:
         """Whether there are scores under a protocol of these settings. Files (a reference, an extractor) are not compared."""

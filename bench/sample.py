@@ -26,6 +26,7 @@ from bench.diffusion import guide
 from bench.distributed import World
 from bench.files import make_folder, write_bytes_atomically
 from bench.method import Denoiser, Method, timestep_index
+from bench.pixels import Decoder, decoder_of
 from bench.randomness import generator, moved
 from bench.trajectory import NUM_IMAGES, Film, packed, unpacked
 from bench.walk import Walk, make_walk
@@ -62,13 +63,23 @@ class Sampler:
     evaluation: EvaluationConfig
     num_timesteps: int
     num_classes: int
-    image_shape: tuple[int, int, int]  # (C, H, W)
+    image_shape: tuple[int, int, int]  # (C, H, W) of what is denoised
     compiled: bool = False  # the denoiser, by torch.compile
+    decoder: Decoder | None = None  # from what is denoised to pixels, where these are not the same
 
     @property
     def num_evaluations(self) -> int:
         """Of the network, for one sample; guided ones count twice."""
         return sum(2 if guided else 1 for guided in self.guided_places())
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images that are drawn."""
+        return self.decoder.shape_of(self.image_shape) if self.decoder else self.image_shape
+
+    def pixels(self, x: Tensor) -> Tensor:
+        """What was denoised, (B, *image_shape), as pixels (B, *sample_shape) in about [-1, 1]."""
+        return self.decoder(x) if self.decoder else x
 
     def labels(self, count: int) -> Tensor:
         """Of the images 0..count-1."""
@@ -103,12 +114,15 @@ class Sampler:
         for blocks in rounds:
             pause()
             part = parts / f"round-{blocks[0]:06d}-{len(blocks)}.safetensors" if parts and len(rounds) > 1 else None
-            found = _read(part) if part and world.decide(part.exists(), device) else None
+            is_there = part is not None and world.decide(part.exists(), device)
+            with world.together():
+                found = _read(part) if part and is_there else None
             drawn.append(found or self.draw_round(method, blocks, device, world))
-            if part and not found and world.is_main:
-                make_folder(part.parent)
-                tensors = {"images": drawn[-1].images, "seconds": torch.tensor(drawn[-1].seconds, dtype=torch.float64)}
-                write_bytes_atomically(part, save(tensors | packed(drawn[-1].trajectory)))
+            with world.together():
+                if part and not found and world.is_main:
+                    make_folder(part.parent)
+                    tensors = {"images": drawn[-1].images, "seconds": torch.tensor(drawn[-1].seconds, dtype=torch.float64)}
+                    write_bytes_atomically(part, save(tensors | packed(drawn[-1].trajectory)))
         images, seconds = torch.cat([one.images for one in drawn]), sum(one.seconds for one in drawn)
         return Samples(images, self.labels(count), count / seconds, self.num_evaluations, drawn[0].trajectory)
 
@@ -116,11 +130,11 @@ class Sampler:
         """The images of the blocks, without those that only fill up the last one, and the seconds that they took."""
         mine = [block for block in blocks if block % world.size == world.rank]
         size, count = self.evaluation.block_size, self.evaluation.num_samples
-        film = Film(self.walk, min(NUM_IMAGES, size, count))
+        film = Film(self.walk, min(NUM_IMAGES, size, count), self.pixels)
         started = time.perf_counter()
         with world.together():
             own = dict(zip(mine, self._draw_blocks(method, mine, device, film.watch), strict=True))
-        empty = torch.empty((size, *self.image_shape), dtype=torch.uint8, device=device)
+        empty = torch.empty((size, *self.sample_shape), dtype=torch.uint8, device=device)
         shared = [world.share_block(own.get(block, empty.clone()), owner=block % world.size).cpu() for block in blocks]
         trajectory = film.trajectory(own[0], self.labels(size)) if 0 in own else None
         images = torch.cat(shared)[: count - blocks[0] * size]
@@ -152,7 +166,7 @@ class Sampler:
                     noise = moved(self._noise(sources[i]), device) if self.walk.adds_noise else None
                     x[i] = walks[i].step(place, output, x[i], noise)
             del denoiser  # before the next one is made
-        return [to_uint8(image) for image in x]
+        return [to_uint8(self.pixels(image)) for image in x]
 
     def guided_places(self) -> list[bool]:
         """Whether the step at each place is guided."""
@@ -194,7 +208,8 @@ def make_sampler(
     shape = (data.channels, data.input_size, data.input_size)
     _check_guidance_interval(evaluation, diffusion.num_timesteps)
     walk = make_walk(diffusion, evaluation, model)
-    return Sampler(walk, evaluation, diffusion.num_timesteps, data.num_classes, shape, compiled)
+    decoder = decoder_of(evaluation, data)
+    return Sampler(walk, evaluation, diffusion.num_timesteps, data.num_classes, shape, compiled, decoder)
 
 
 def _check_guidance_interval(evaluation: EvaluationConfig, num_timesteps: int) -> None:

@@ -129,12 +129,14 @@ def real_images(folder: Path, found: Sequence[runs.Run]) -> RealImages:
 def _from_data(config: Mapping[str, Any]) -> RealImages:
     import torch
 
-    from bench.config import DataConfig
+    from bench.config import DataConfig, EvaluationConfig
     from bench.data import load_data, to_uint8
+    from bench.pixels import pixels_of
 
     data = load_data(DataConfig(**config["data"]))
     class_names = [str(number) for number in range(data.num_classes)]
-    if not data.pixels:
+    pixels = pixels_of(EvaluationConfig(**config["evaluation"]), data)
+    if pixels is None or not len(pixels.heldout):
         return RealImages(None, class_names)
-    x, _ = data.heldout.batch(torch.arange(min(len(data.heldout), 100)))
+    x, _ = pixels.heldout.batch(torch.arange(min(len(pixels.heldout), 100)))
     return RealImages(to_uint8(x).permute(0, 2, 3, 1).numpy(), class_names)

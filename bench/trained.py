@@ -6,10 +6,12 @@ from typing import Any
 import torch
 
 from bench import job
-from bench.data import load_data
-from bench.evaluate import protocol_of
-from bench.finish import Finisher
-from bench.protocol import check_pixels
+from bench.config import RunConfig
+from bench.data import DataSource, load_data
+from bench.distributed import World
+from bench.finish import REFERENCES, Finisher
+from bench.pixels import NOT_DRAWN, pixels_of
+from bench.protocol import hashed_by_rank_0, protocol_of
 from bench.run_folder import locked
 from bench.runs import Run
 from bench.sample import Samples, make_sampler
@@ -23,15 +25,18 @@ def evaluate_again(folder: Path, overrides: list[str]) -> dict[str, Any]:
     if not job.is_trained(folder):
         raise ValueError(f"run {folder} is not trained to its end: go on with `tsbench train {folder}`")
     data = load_data(config.data)
-    protocol = protocol_of(config.evaluation, data)
+    pixels = hashed_by_rank_0(_pixels(config, data), World(), folder.parent / REFERENCES)
+    protocol = protocol_of(config.evaluation, pixels)
     sampler = make_sampler(config.diffusion, config.evaluation, config.model, data, config.system.compile_sampling)
     _ = Run(folder).evaluations  # can be read and added to: found out before anything is computed
     with locked(folder):
-        trainer = Trainer(job.build_method(config, data), config, data, folder)
+        trainer = Trainer(job.build_method(config, data), config, data, folder, only_scored=True)
         trainer.restore()
-        finisher = Finisher(trainer, sampler, protocol, data)
+        finisher = Finisher(trainer, sampler, protocol, pixels)
         with trainer.ema.applied():
-            _, record = finisher.score()
+            samples, record = finisher.score()
+        if not (folder / "samples.npz").exists():  # latents that are decoded for the first time
+            finisher.put_samples(samples)
         finisher.put_score(record)
         return record
 
@@ -39,6 +44,14 @@ def evaluate_again(folder: Path, overrides: list[str]) -> dict[str, Any]:
 def draw_samples(folder: Path, overrides: list[str]) -> Samples:
     """Images from a trained run under changed `evaluation` settings."""
     config, data, method = job.load_trained(folder, overrides)
-    check_pixels(data)
+    _pixels(config, data)
     sampler = make_sampler(config.diffusion, config.evaluation, config.model, data, config.system.compile_sampling)
     return sampler.draw(method, torch.device(config.system.device))
+
+
+def _pixels(config: RunConfig, data: DataSource) -> DataSource:
+    """What samples are compared with; ValueError for latents that nothing decodes."""
+    pixels = pixels_of(config.evaluation, data)
+    if pixels is None:
+        raise ValueError(NOT_DRAWN.format(name=data.name))
+    return pixels

@@ -1,7 +1,7 @@
 """How do the first images of a sample come out of noise? Seen while they are drawn, at a few places on their way."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -20,9 +20,10 @@ class Film:
     walk of fewer steps has a frame for each.
     """
 
-    def __init__(self, walk: Walk, count: int, num_frames: int = NUM_FRAMES) -> None:
+    def __init__(self, walk: Walk, count: int, pixels: Callable[[Tensor], Tensor], num_frames: int = NUM_FRAMES) -> None:
+        """`pixels` makes images of what is denoised; see `Sampler.pixels`."""
         assert num_frames >= 2
-        self.walk, self.count = walk, count
+        self.walk, self.count, self.pixels = walk, count, pixels
         places = torch.linspace(0, len(walk.times), num_frames, dtype=torch.float64).round().long().unique()
         self.places: list[int] = places[:-1].tolist()
         self.images: list[Tensor] = []
@@ -39,7 +40,8 @@ class Film:
         """Of block 0, once it is drawn: uint8 (block_size, C, H, W), and its labels."""
         final = drawn[: self.count].cpu()
         images, predicted = (
-            torch.stack([*(to_uint8(frame.cpu()) for frame in seen), final]).numpy() for seen in (self.images, self.predicted)
+            torch.stack([*(to_uint8(self.pixels(frame).cpu()) for frame in seen), final]).numpy()
+            for seen in (self.images, self.predicted)
         )
         times = np.array([*self.walk.times[self.places].tolist(), math.nan])
         return Trajectory(images, predicted, times, labels[: self.count].numpy())

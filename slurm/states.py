@@ -111,7 +111,7 @@ def status_of(
     changed = changed_files(run.path, difference)
     fraction = fraction_of(run.path, budget)
     is_made = (run.path / "done").exists()
-    if is_made and not changed and (run.is_scored_under(evaluation or {}) or not run.has_pixels):
+    if is_made and not changed and (run.is_scored_under(evaluation or {}) or not run.has_pixels(evaluation or {})):
         return Status("done", fraction=1.0)
     each = [_named(work, work_status(work, known)) for work in works]
     if works[0].folder != run.path and (failure := failure_in(run.path)) is not None:

@@ -1,4 +1,4 @@
-"""Can runs on latents be trained, swept and compared, though no image of theirs can be drawn or scored?"""
+"""Can runs on latents be trained, swept and compared where nothing decodes them, so that no image is drawn or scored?"""
 
 from pathlib import Path
 
@@ -33,6 +33,7 @@ def write_latents(root: Path) -> list[str]:
     for part, count in (("train", 40), ("heldout", 12)):
         np.save(root / f"{part}_latents.npy", draw.normal(size=(count, 4, 8, 8)).astype(np.float16))
         np.save(root / f"{part}_labels.npy", np.arange(count) % 3)
+    np.save(root / "train_mirrored_latents.npy", draw.normal(size=(40, 4, 8, 8)).astype(np.float16))
     return ["data.name=latents", f"data.path={root}", "data.image_size=8", "data.flip=true"]
 
 
@@ -74,16 +75,17 @@ def test_why_it_is_not_scored_is_said_once_and_what_is_deleted_is_made_anew(fold
         (folder / missing).unlink()
         outcome = tsbench("train", folder)
         assert outcome.code == 0 and outcome.err.count("\n") == 1, outcome.err
-        for words in (folder.name, "not scored", "latents", "no decoder", "decode samples"):
+        for words in (folder.name, "not scored", "latents", "evaluation.autoencoder", "tsbench evaluate"):
             assert words in outcome.err
         after = contents(folder)
         assert after.keys() == before.keys() and after["diagnostics.npz"] == before["diagnostics.npz"]
 
 
 def test_what_would_take_latents_for_images_is_refused(folder: Path, settings: list[str], tmp_path: Path) -> None:
-    assert_refused(tsbench("evaluate", folder), "holds latents", "no decoder")
-    assert_refused(tsbench("sample", folder, "--out", tmp_path / "drawn.npz"), "holds latents", "no decoder")
-    assert_refused(tsbench("train", "--runs", tmp_path, *TINY, *settings, "evaluation.curve_every=1"), "not scored: set it to 0")
+    assert_refused(tsbench("evaluate", folder), "holds latents", "evaluation.autoencoder")
+    assert_refused(tsbench("sample", folder, "--out", tmp_path / "drawn.npz"), "holds latents", "evaluation.autoencoder")
+    curve = tsbench("train", "--runs", tmp_path, *TINY, *settings, "evaluation.curve_every=1")
+    assert_refused(curve, "not scored without evaluation.autoencoder", "set it to 0")
     assert list(tmp_path.iterdir()) == []
 
 

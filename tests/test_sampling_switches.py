@@ -39,7 +39,7 @@ class Syncs(TorchDispatchMode):
 
 def waits_in(sampler: Sampler, method) -> list[str]:
     with Syncs() as syncs:
-        sampler._draw_blocks(method, [0, 1], CPU, Film(sampler.walk, 2).watch)
+        sampler._draw_blocks(method, [0, 1], CPU, Film(sampler.walk, 2, sampler.pixels).watch)
     return syncs.found
 
 
@@ -87,7 +87,7 @@ def test_on_a_gpu_no_step_waits(name):
     torch.cuda.synchronize()
     steps = []
 
-    film = Film(sampler.walk, 2)
+    film = Film(sampler.walk, 2, sampler.pixels)
 
     def watch(block, place, x, output):
         film.watch(block, place, x, output)

@@ -25,7 +25,7 @@ WALKS = {
 
 
 def filmed(sampler: Sampler, method: Method, num_frames: int) -> Trajectory:
-    film = Film(sampler.walk, sampler.evaluation.block_size, num_frames)
+    film = Film(sampler.walk, sampler.evaluation.block_size, sampler.pixels, num_frames)
     (first, _) = sampler._draw_blocks(method, [0, 1], CPU, film.watch)
     return film.trajectory(first, sampler.labels(4))
 

@@ -2,11 +2,14 @@
 
 Below `data.path`: train_latents.npy (n, C, H, H), train_labels.npy (n,), heldout_latents.npy, heldout_labels.npy, and
 optionally meta.json with `scaling` (latents are multiplied by it, 1 if absent; 0.18215 for Stable Diffusion's
-autoencoder) and `source` (words on where they come from).
+autoencoder) and `source` (words on where they come from). `tsbench encode` writes them.
+
+With data.flip also train_mirrored_latents.npy, of the training images mirrored before they were encoded: papers flip images,
+and an autoencoder makes another latent of a mirrored image than the image's own, mirrored.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,12 @@ import torch
 from torch import Tensor
 
 from bench.config import DataConfig
-from bench.data.source import DataSource, balanced_order, check_image_size, hash_arrays, hashed_once, open_array, stamp
+from bench.data.digest import stamp
+from bench.data.source import DataSource, balanced_order, check_image_size, hash_arrays, open_array
 
 LAYOUT = "data.path must hold train_latents.npy, train_labels.npy, heldout_latents.npy and heldout_labels.npy"
+MIRRORED = "train_mirrored_latents"
+MIRRORED_LAYOUT = "data.flip=true draws from it; write it with `tsbench encode --mirrored`, or set data.flip=false"
 META_KEYS = ("scaling", "source")
 
 
@@ -45,6 +51,8 @@ def load_latents(config: DataConfig) -> DataSource:
     root = Path(config.path)
     names = [f"{part}_{kind}" for part in ("train", "heldout") for kind in ("latents", "labels")]
     arrays = {name: open_array(root / f"{name}.npy", LAYOUT, "write it again with numpy.save") for name in names}
+    if config.flip:
+        arrays[MIRRORED] = open_array(root / f"{MIRRORED}.npy", MIRRORED_LAYOUT, "write it again with numpy.save")
     shape = _check(root, arrays)
     check_image_size(config.image_size, shape[-1], "these latent")
     scaling = _scaling(root / "meta.json")
@@ -57,13 +65,15 @@ def load_latents(config: DataConfig) -> DataSource:
     order = balanced_order(labels["heldout"])
     train = LatentImages(arrays["train_latents"], np.arange(len(labels["train"])), labels["train"], scaling)
     heldout = LatentImages(arrays["heldout_latents"], order.numpy(), labels["heldout"][order], scaling)
+    mirrored = replace(train, latents=arrays[MIRRORED]) if config.flip else None
 
-    key = stamp((root / f"{name}.npy" for name in names), f"latents {scaling}")  # of what is mapped, whatever is written later
+    stamped = stamp((root / f"{name}.npy" for name in arrays), f"latents {scaling}")  # what is mapped, whatever is written later
 
     def fingerprint() -> str:
-        return hashed_once(key, lambda: hash_arrays([*arrays.items(), ("scaling", np.array([scaling]))]))
+        return hash_arrays([*arrays.items(), ("scaling", np.array([scaling]))])
 
-    return DataSource("latents", num_classes, shape[0], shape[-1], train, heldout, fingerprint, pixels=False)
+    shown = num_classes, shape[0], shape[-1]
+    return DataSource("latents", *shown, train, heldout, fingerprint, False, scaling, mirrored, stamp=lambda: stamped)
 
 
 def _check(root: Path, arrays: dict[str, np.ndarray]) -> tuple[int, ...]:
@@ -83,6 +93,12 @@ def _check(root: Path, arrays: dict[str, np.ndarray]) -> tuple[int, ...]:
     if arrays["heldout_latents"].shape[1:] != shape:
         other = arrays["heldout_latents"].shape[1:]
         raise ValueError(f"latents in {root} are {shape} to train and {other} held out: encode both in the same way")
+    mirrored, plain = arrays.get(MIRRORED), arrays["train_latents"]
+    if mirrored is not None and (mirrored.dtype, mirrored.shape) != (plain.dtype, plain.shape):
+        raise ValueError(
+            f"{MIRRORED}.npy in {root} is {mirrored.dtype} {mirrored.shape}, but train_latents.npy {plain.dtype} {plain.shape}: "
+            "encode both in the same way"
+        )
     return tuple(int(n) for n in shape)
 
 

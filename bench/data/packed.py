@@ -11,19 +11,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import DTypeLike
 from torch import Tensor
 
 from bench.config import DataConfig
 from bench.data.buffers import Buffers
+from bench.data.digest import stamp
 from bench.data.source import (
     DataSource,
     balanced_order,
     check_image_size,
     hash_arrays,
-    hashed_once,
     open_array,
     scale_to_unit_range,
-    stamp,
     to_uint8,
 )
 
@@ -67,12 +67,12 @@ def load_packed(config: DataConfig) -> DataSource:
     order = balanced_order(labels["heldout"])
     train = PackedImages(arrays["train_images"], np.arange(len(labels["train"])), labels["train"])
     heldout = PackedImages(arrays["heldout_images"], order.numpy(), labels["heldout"][order])
-    key = stamp((root / f"{name}.npy" for name in names), "packed")  # of what is mapped, whatever is written later
+    stamped = stamp((root / f"{name}.npy" for name in names), "packed")  # what is mapped, whatever is written later
 
     def fingerprint() -> str:
-        return hashed_once(key, lambda: hash_arrays(arrays.items()))
+        return hash_arrays(arrays.items())
 
-    return DataSource("packed", num_classes, channels, size, train, heldout, fingerprint)
+    return DataSource("packed", num_classes, channels, size, train, heldout, fingerprint, stamp=lambda: stamped)
 
 
 def pack(source: DataSource, folder: Path, told: Callable[[int, int], None] = lambda done, total: None) -> None:
@@ -91,7 +91,7 @@ def pack(source: DataSource, folder: Path, told: Callable[[int, int], None] = la
     parts = {"train": source.train, "heldout": source.heldout}
     temporary = {part: folder / f".{part}_images.{os.getpid()}.tmp" for part in parts}
     try:
-        arrays = {part: _make_array(temporary[part], (len(images), *shape)) for part, images in parts.items()}
+        arrays = {part: make_array(temporary[part], (len(images), *shape), np.uint8) for part, images in parts.items()}
         for part, images in parts.items():
             for indices in torch.arange(len(images)).split(WRITTEN_TOGETHER):
                 arrays[part][indices.numpy()] = to_uint8(images.batch(indices)[0]).numpy()
@@ -106,9 +106,9 @@ def pack(source: DataSource, folder: Path, told: Callable[[int, int], None] = la
             path.unlink(missing_ok=True)
 
 
-def _make_array(path: Path, shape: tuple[int, ...]) -> np.memmap:
-    """uint8, in a new file that has its room on the disk: written to without, it would end the process, not raise an error."""
-    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+def make_array(path: Path, shape: tuple[int, ...], dtype: DTypeLike) -> np.memmap:
+    """In a new file that has its room on the disk: written to without, it would end the process, not raise an error."""
+    array: np.memmap = np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=shape)
     if hasattr(os, "posix_fallocate"):  # macOS has none
         with path.open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)

@@ -32,11 +32,15 @@ class ResidentImages:
 
 
 def keep_on_device(data: DataSource, device: torch.device, limit_gb: float) -> DataSource:
-    """`data`, its training images on the device if that is a GPU and they take at most `limit_gb` there (1e9 bytes)."""
-    size = 4 * len(data.train) * data.channels * data.input_size**2
+    """`data`, its training images on the device if that is a GPU and they, mirrored ones included, take at most `limit_gb`
+    there (1e9 bytes).
+    """
+    num_images = len(data.train) * (1 if data.mirrored is None else 2)
+    size = 4 * num_images * data.channels * data.input_size**2
     if device.type == "cpu" or size > limit_gb * BYTES_PER_GB:
         return data
-    return replace(data, train=resident(data.train, device))
+    mirrored = None if data.mirrored is None else resident(data.mirrored, device)
+    return replace(data, train=resident(data.train, device), mirrored=mirrored)
 
 
 def resident(images: ImageSet, device: torch.device) -> ResidentImages:

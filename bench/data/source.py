@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench.data.digest import Stamp, hashed_once
+
 UINT8_RULE = "floor(127.5 * x + 128) clamped to 0..255"
-_HASHES: dict[str, str] = {}  # stamp of a data set's files -> its content hash
 
 
 class ImageSet(Protocol):
@@ -44,12 +45,20 @@ class DataSource:
     train: ImageSet
     heldout: ImageSet
     fingerprint: Callable[[], str]
-    pixels: bool = True  # False: latents, which cannot be scored as images
+    pixels: bool = True  # False: latents, which are images only when they are decoded
+    scaling: float = 1.0  # what latents were multiplied by
+    mirrored: ImageSet | None = None  # of latents: the training images, mirrored before they were encoded
+    decoder: Callable[[], str] = lambda: "none"  # what makes samples of pixels, where it is not the network itself
+
+    stamp: Callable[[], Stamp] | None = None  # of its files, if they are read for the fingerprint
+    digests: Path | None = None  # a folder in which the hash is kept for other processes
 
     @cached_property
     def content_hash(self) -> str:
-        """SHA-256 of what is trained on and held out, labels and split included. Reads everything once, when first asked."""
-        return self.fingerprint()
+        """SHA-256 of what is trained on and held out, labels and split included. Reads everything, when first asked, unless it
+        is known of files with this stamp.
+        """
+        return hashed_once(self.stamp(), self.fingerprint, self.digests) if self.stamp else self.fingerprint()
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,22 +149,6 @@ def hash_arrays(arrays: Iterable[tuple[str, np.ndarray]]) -> str:
         for start in range(0, len(array), rows_per_piece):
             digest.update(np.ascontiguousarray(array[start : start + rows_per_piece]).tobytes())
     return digest.hexdigest()
-
-
-def stamp(files: Iterable[Path], what: str = "") -> str:
-    """The same for files of the same paths, sizes and times of change: not what is in them, but whether to look again."""
-    digest = hashlib.sha256(what.encode())
-    for path in files:
-        found = path.stat()
-        digest.update(f"{path.absolute()} {found.st_size} {found.st_mtime_ns};".encode())
-    return digest.hexdigest()
-
-
-def hashed_once(key: str, fingerprint: Callable[[], str]) -> str:
-    """`fingerprint()`, which reads a whole data set: in one process only once for each `stamp` of its files."""
-    if key not in _HASHES:
-        _HASHES[key] = fingerprint()
-    return _HASHES[key]
 
 
 def hash_file(path: Path) -> str:
