@@ -16,7 +16,7 @@ from bench.config import DataConfig, EvaluationConfig
 from bench.data import DataSource, load_data, to_uint8
 from bench.data.packed import pack
 from bench.evaluate import METRICS, protocol_of, score
-from bench.files import write_json_atomically
+from bench.files import read_json, write_json_atomically
 from bench.pixels import decoder_of, pixels_of
 from bench.runs import read_run
 from bench.sample import make_sampler
@@ -117,7 +117,9 @@ def test_tables_and_figures_show_decoded_images(folder: Path) -> None:
     for command in ("tables", "plots"):
         outcome = tsbench(command, folder.parent)
         assert outcome.code == 0, outcome.err
-    assert (folder.parent / "figures" / "samples.png").exists()
+    figures = folder.parent / "figures"
+    assert (figures / "samples.png").exists()
+    assert "Latents, decoded." in read_json(figures / "captions.json", dict)["trajectories"]
 
 
 def test_images_may_be_packed(settings: list[str], autoencoder: Path, tmp_path: Path) -> None:

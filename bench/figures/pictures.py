@@ -6,6 +6,7 @@ import numpy as np
 
 from bench.arrays import Trajectory, read_samples, read_trajectory
 from bench.figures.style import Drawn, Material, new_figure, short_label, spread
+from bench.runs import LATENTS
 
 NUM_COLUMNS = 20  # samples
 NUM_FRAMES = 11
@@ -106,11 +107,12 @@ def _trajectories(name: str, found: list[tuple[str, Trajectory]], material: Mate
         axes.set_yticks(centres_y, labels, fontsize=9)
     figure.suptitle("From noise to image, by timestep")
     classes = [material.class_names[i] if i < len(material.class_names) else str(i) for i in first.labels[:num_images]]
+    on_latents = any(shown.run.config["data"]["name"] == LATENTS for shown in material.shown)
     caption = (
         f"The first {'image' if num_images == 1 else f'{num_images} images'} of each method's sample "
         f"({'class' if num_images == 1 else 'classes'} {', '.join(classes)}, the same noise for all) on the way from noise "
         "to the sample (end). Left: what the network is given at a timestep; right: the clean image it predicts from that. "
-        "First seed of each method."
+        f"{'Latents, decoded. ' if on_latents else ''}First seed of each method."
     )
     return Drawn(name, figure, None, caption)
 
