@@ -2,16 +2,20 @@
 
 from command import finished_run
 from diffusing import golden, linear
+from encoding import autoencoder, images, latents
 from leases import folder, outside_slurm
 from slurm_cluster import cluster
 from sweeping import tiny_suite, undisturbed_runs
 from sweeps_here import no_slurm, swept, swept_once
 
 __all__ = [
+    "autoencoder",
     "cluster",
     "finished_run",
     "folder",
     "golden",
+    "images",
+    "latents",
     "linear",
     "no_slurm",
     "outside_slurm",

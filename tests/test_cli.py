@@ -61,6 +61,8 @@ def test_without_a_command_help_is_shown() -> None:
         (["train", os.devnull], (f"{os.devnull} holds no settings", "leave it out")),
         (["report", ".", "--out", "."], ("--out is ., which is a folder", "HTML")),
         (["pack", "--out", "elsewhere", "train.lr=1"], ("train.lr=1 would change nothing", "of data alone")),
+        (["encode", "--out", "x", "--autoencoder", "y", "train.lr=1"], ("train.lr=1 would change nothing", "of data alone")),
+        (["encode", "--out", "elsewhere"], ("--autoencoder",)),
         (["tables", "demo", "--allow", "all"], ("--allow names all", "protocols, incomplete")),
     ],
     ids=str,
@@ -195,7 +197,7 @@ def test_the_demo_names_runs_that_failed(tmp_path: Path, monkeypatch: pytest.Mon
     [
         ("train.lr=fast", ("train.lr", "'fast'")),
         ("model.num_heads=3", ("16", "3 heads")),
-        ("evaluation.num_samples=5000", ("5000", "held out")),
+        ("evaluation.num_samples=10", ("10", "kid_subset_size")),
     ],
 )
 def test_a_demo_that_cannot_be_is_refused_before_anything_is_written(

@@ -206,6 +206,30 @@ def test_latents_are_scaled_and_held_out_in_balanced_order(tmp_path: Path) -> No
     assert plain.content_hash != scaled.content_hash
 
 
+def test_flips_are_of_images_that_were_mirrored_before_they_were_encoded(tmp_path: Path) -> None:
+    write_latents(tmp_path)
+    (tmp_path / "meta.json").write_text(json.dumps({"scaling": 0.5}))
+    plain, asked = (DataConfig(name="latents", path=str(tmp_path), flip=flip) for flip in (False, True))
+    with pytest.raises(ValueError, match=r"^there is no file .*train_mirrored_latents.npy: data.flip=true .* --mirrored[^\n]*$"):
+        load_data(asked)
+    before = load_data(plain)
+    assert before.mirrored is None
+    mirrored = np.random.default_rng(1).normal(size=(9, 4, 6, 6)).astype(np.float16)
+    np.save(tmp_path / "train_mirrored_latents.npy", mirrored)
+    unflipped, flipped = load_data(plain), load_data(asked)
+    assert unflipped.mirrored is None and unflipped.content_hash == before.content_hash  # the file is not looked at
+    assert flipped.mirrored is not None and flipped.content_hash != before.content_hash
+    x, y = flipped.mirrored.batch(torch.tensor([4, 2]))
+    assert torch.equal(x, 0.5 * torch.from_numpy(mirrored[[4, 2]]).float()) and y.tolist() == [1, 2]
+    assert torch.equal(flipped.train.batch(torch.arange(9))[0], before.train.batch(torch.arange(9))[0])
+    np.save(tmp_path / "train_mirrored_latents.npy", mirrored[::-1])
+    assert load_data(asked).content_hash != flipped.content_hash
+    for wrong in (mirrored[:8], mirrored.astype(np.float32), mirrored[..., :5]):
+        np.save(tmp_path / "train_mirrored_latents.npy", wrong)
+        with pytest.raises(ValueError, match=r"train_mirrored_latents.npy .* encode both in the same way"):
+            load_data(asked)
+
+
 def test_a_process_hashes_the_same_files_once_and_changed_ones_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("latents", "packed"):
         (tmp_path / name).mkdir()

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from bench.data.source import TensorImages
-from bench.distance import mean_and_covariance, nearest_neighbour
+from bench.distance import mean_and_covariance, nearest_neighbour, nearest_squared
 from bench.evaluate import frechet_distance
 
 
@@ -77,3 +77,32 @@ def test_nearest_neighbour_does_not_depend_on_chunks(monkeypatch: pytest.MonkeyP
     whole = nearest_neighbour(samples, train)
     monkeypatch.setattr("bench.distance.NEIGHBOUR_CHUNK", 7)
     assert nearest_neighbour(samples, train) == whole
+
+
+class CountedImages(TensorImages):
+    """Knows how often it was asked."""
+
+    num_batches = 0
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        CountedImages.num_batches += 1
+        return super().batch(indices)
+
+
+def test_nearest_squared_is_exact_in_any_parts_and_reads_the_training_set_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against integers; of so many values that float32 would round. Some images are as far apart as images can be."""
+    monkeypatch.setattr("bench.distance.NEIGHBOUR_CHUNK", 7)
+    colours = torch.randint(0, 256, (60, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images, samples = colours[:40].clone(), colours[30:]  # ten are copies
+    images[0], samples[11:13] = 255, 0
+    train = CountedImages(images, torch.zeros(40, dtype=torch.int64))
+    expected = (samples.long()[:, None] - images.long()[None]).square().sum((2, 3, 4)).amin(1)
+    assert (expected == 0).sum() == 10
+    for lengths in ([30], [8, 0, 21, 1]):
+        CountedImages.num_batches = 0
+        found = nearest_squared(list(samples.split(lengths)), train)
+        assert found.dtype == torch.float64 and found.tolist() == expected.tolist()
+        assert CountedImages.num_batches == 6  # of 40 images in chunks of 7
+    none = CountedImages(images[:0], torch.zeros(0, dtype=torch.int64))
+    assert nearest_squared([samples], none).tolist() == [float("inf")] * 30
+    assert CountedImages.num_batches == 6

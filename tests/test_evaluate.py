@@ -1,6 +1,7 @@
 """Are scores what they claim to be: equal to torch-fidelity's, tied to one protocol, and refused when they would mean nothing?"""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from bench import fidelity
-from bench.config import DataConfig, EvaluationConfig
+from bench.config import DataConfig, EvaluationConfig, RunConfig
 from bench.data import DataSource, load_data, to_uint8
 from bench.data.source import spread_choice
+from bench.demo import write_floor
 from bench.evaluate import EvalProtocol, differences, floor_scores, protocol_of, score
 
 
@@ -140,6 +142,15 @@ def test_another_data_set_than_the_protocols_is_refused(protocol: EvalProtocol, 
 def test_floor_needs_as_many_heldout_images_as_samples(data: DataSource) -> None:
     with pytest.raises(ValueError, match="num_samples is 501, but there are only 500 held-out images"):
         floor_scores(protocol_of(EvaluationConfig(num_samples=501), data), data)
+
+
+def test_where_too_few_images_are_held_out_there_is_no_floor_but_what_is_missing_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A protocol may ask for more samples than a data set holds out: 50,000 with CIFAR-10, say. Its tables go without the row."""
+    write_floor(tmp_path, RunConfig(evaluation=EvaluationConfig(num_samples=501)))
+    assert not (tmp_path / "floor.json").exists()
+    assert "no floor: evaluation.num_samples is 501, but there are only 500 held-out" in capsys.readouterr().err
 
 
 # --- the protocol

@@ -8,8 +8,10 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import normalize
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 
 from bench import fidelity
 from bench.config import DataConfig, EvaluationConfig
@@ -72,6 +74,49 @@ def test_images_that_are_not_uint8_are_refused() -> None:
 def test_extractor_must_have_the_weights_that_the_protocol_names() -> None:
     with pytest.raises(ValueError, match="the protocol names 00"):
         fidelity.build_extractor("digits", "0" * 64)
+
+
+# --- Kernel distance
+
+
+def features_like(extractor: str, count: int, seed: int) -> Tensor:
+    """Positive features, after a ReLU, of the extractor's width; Inception's are means over 64 places."""
+    generator = torch.Generator().manual_seed(seed)
+    width = fidelity.FEATURE_WIDTHS[extractor]
+    spread = 0.3 + torch.rand(width, generator=generator)
+    places = torch.randn(count, 64 if extractor == "inception" else 1, width, generator=generator)
+    return (places * spread + 0.1 * seed).relu().mean(1)
+
+
+@pytest.mark.parametrize("unit_norm", [True, False])
+@pytest.mark.parametrize("extractor", ["digits", "inception"])
+def test_kernel_distance_is_torch_fidelitys_power_of_three(extractor: str, unit_norm: bool) -> None:
+    """Its sums, of kernels of 1 and more, nearly cancel: roundings of 1e-16 are all that may remain of the cube's way."""
+    samples, reference = features_like(extractor, 80, 1), features_like(extractor, 130, 2)
+    ours = fidelity.kernel_distance(samples, reference, 7, 60, unit_norm)
+    a, b = (normalize(f.double()) if unit_norm else f.double() for f in (samples, reference))
+    gamma = 1.0 if unit_norm else None
+    settings = {"kid_subsets": 7, "kid_subset_size": 60, "kid_kernel_poly_degree": 3, "kid_kernel_poly_gamma": gamma}
+    theirs = kid_features_to_metric(a, b, **settings, rng_seed=fidelity.SUBSET_SEED, verbose=False)
+    largest = max(float((f @ f.T).max() * (gamma or 1 / f.shape[1]) + 1) ** 3 for f in (a, b))
+    assert abs(theirs[KEY_METRIC_KID_MEAN]) > 1e-5 * largest
+    assert ours == pytest.approx(theirs[KEY_METRIC_KID_MEAN], rel=1e-12, abs=1e-15 * largest)
+    assert fidelity.kernel_distance(samples, reference, 7, 60, unit_norm) == ours
+
+
+def test_the_kernel_takes_no_power(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NumPy hands the exponent back, as its own power is what is slow: for each subset, for three matrices."""
+    cubed: list[tuple[int, ...]] = []
+    plain = fidelity._Cubed.__rpow__
+
+    def counted(self: Any, base: np.ndarray) -> np.ndarray:
+        cubed.append(base.shape)
+        return plain(self, base)
+
+    monkeypatch.setattr(fidelity._Cubed, "__rpow__", counted)
+    fidelity.kernel_distance(features_like("digits", 40, 1), features_like("digits", 50, 2), 4, 30, True)
+    assert cubed == [(30, 30)] * 3 * 4
+    assert (np.arange(-3.0, 4.0) ** fidelity._Cubed()).tolist() == [-27, -8, -1, 0, 1, 8, 27]
 
 
 # --- Inception

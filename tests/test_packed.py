@@ -2,6 +2,7 @@
 
 import errno
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from bench.config import DataConfig
 from bench.data import DataSource, load_data
 from bench.data.packed import pack
 from bench.data.resident import ResidentImages, keep_on_device, resident
+from bench.data.source import TensorImages
 from bench.intervals import Interval
 from bench.randomness import draw_batch
 
@@ -124,14 +126,23 @@ def test_missing_arrays_are_named(tmp_path: Path) -> None:
 # Kept on a device
 
 
-@pytest.mark.parametrize("kind", ["tiny", "packed", "folder", "digits"])
+def mirrored_data() -> DataSource:
+    """As if of latents: what is mirrored is nothing that the others could be turned into."""
+    data = tiny_data()
+    assert isinstance(data.train, TensorImages)
+    return replace(data, mirrored=replace(data.train, images=torch.rand(20, 2, 4, 4)))
+
+
+@pytest.mark.parametrize("kind", ["tiny", "packed", "folder", "digits", "mirrored"])
 def test_batches_of_a_resident_set_are_the_same_to_the_bit(kind: str, request: pytest.FixtureRequest) -> None:
     """With flips and dropped labels, step after step; on a GPU the same tensors lie elsewhere."""
-    made = {"tiny": tiny_data, "digits": lambda: load_data(DataConfig())}
+    made = {"tiny": tiny_data, "digits": lambda: load_data(DataConfig()), "mirrored": mirrored_data}
     data = made[kind]() if kind in made else request.getfixturevalue(kind)
     config = tiny_config("dense", "data.flip=true", "train.label_dropout=0.5")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     there = DataSource("there", data.num_classes, data.channels, data.input_size, resident(data.train, device), data.heldout, str)
+    if kind == "mirrored":
+        there = replace(there, mirrored=resident(data.mirrored, device))
     for step in range(6):
         plain, kept = (draw_batch(step, Interval(0, 0, 40), config, source, 0.0, slice(2, 7)) for source in (data, there))
         assert kept.x0.device.type == device.type
@@ -150,3 +161,14 @@ def test_only_a_set_that_fits_is_kept_and_only_on_a_gpu(monkeypatch: pytest.Monk
     assert keep_on_device(data, gpu, size_gb * 0.99) is data
     assert keep_on_device(data, gpu, 0) is data
     assert keep_on_device(data, CPU, 100) is data
+
+
+def test_mirrored_latents_are_kept_with_the_others_if_both_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "bench.data.resident.resident", lambda images, device: ResidentImages(images.images, images.labels, images.labels)
+    )
+    data, gpu, size_gb = mirrored_data(), torch.device("cuda"), 2 * 20 * 2 * 4 * 4 * 4 / 1e9
+    kept = keep_on_device(data, gpu, size_gb)
+    assert isinstance(kept.train, ResidentImages) and isinstance(kept.mirrored, ResidentImages)
+    assert data.mirrored is not None and torch.equal(kept.mirrored.images, data.mirrored.batch(torch.arange(20))[0])
+    assert keep_on_device(data, gpu, size_gb * 0.99) is data

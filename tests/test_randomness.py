@@ -1,13 +1,15 @@
 """Does a step see what it should: the same for every method, nothing but (seed, step), each image once an epoch?"""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers import PUBLISHED
 from training import NUM_TIMESTEPS, tiny_config, tiny_data
 
-from bench.intervals import interval_at_step, partition, steps_per_interval
+from bench.data.source import TensorImages
+from bench.intervals import Interval, interval_at_step, partition, steps_per_interval
 from bench.randomness import Batch, draw_batch, generator, image_indices
 
 DATA = tiny_data()
@@ -97,6 +99,42 @@ def test_half_of_the_images_are_flipped_if_asked():
     mirrored = torch.cat([(one.x0.flip(-1) == other.x0).all(dim=(1, 2, 3)) for one, other in zip(plain, flipped, strict=True)])
     assert (same ^ mirrored).all()
     assert abs(same.float().mean() - 0.5) < 4 * 0.5 / math.sqrt(len(same))
+
+
+class Watched:
+    """Images, and which of them were read."""
+
+    def __init__(self, images):
+        self.images, self.labels, self.seen = images, images.labels, []
+
+    def __len__(self):
+        return len(self.images)
+
+    def batch(self, indices):
+        self.seen += indices.tolist()
+        return self.images.batch(indices)
+
+
+def test_latents_are_flipped_by_reading_those_of_mirrored_images_and_no_more():
+    images = DATA.train.images
+    train, mirrored = Watched(DATA.train), Watched(TensorImages(torch.rand_like(images), DATA.train.labels))
+    latents = replace(DATA, train=train, mirrored=mirrored)
+    config = tiny_config("dense", "data.flip=true", "train.batch_size=20", "train.label_dropout=0.5")
+    num_flipped = 0
+    for step in range(6):
+        train.seen.clear(), mirrored.seen.clear()
+        whole, own = (draw_batch(step, Interval(0, 0, 40), config, data, 0.0) for data in (latents, DATA))
+        indices = image_indices(step, 20, 20, config.seed)
+        flipped = torch.tensor([(own.x0[i] != images[j]).any() for i, j in enumerate(indices)])
+        assert torch.equal(whole.x0[~flipped], images[indices[~flipped]])
+        assert torch.equal(whole.x0[flipped], mirrored.images.images[indices[flipped]])
+        assert all(torch.equal(getattr(whole, name), getattr(own, name)) for name in ("noise", "t", "y"))
+        assert (train.seen, mirrored.seen) == (indices[~flipped].tolist(), indices[flipped].tolist())
+        for rows in (slice(0, 3), slice(3, 20), slice(7, 8), slice(5, 5)):  # of a rank, also where none or all are flipped
+            part = draw_batch(step, Interval(0, 0, 40), config, latents, 0.0, rows)
+            assert all(torch.equal(getattr(part, name), getattr(whole, name)[rows]) for name in ("x0", "noise", "t", "y"))
+        num_flipped += int(flipped.sum())
+    assert 30 < num_flipped < 90
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 1.0])
