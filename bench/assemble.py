@@ -30,9 +30,19 @@ from bench.training_state import take, tensors_of
 def assemble(trainer: Trainer) -> None:
     """Make `trainer` (of all experts, untrained, in the run's folder) what joint training would have made it, and save that.
 
-    The caller holds the folder; only rank 0 does this, the others `restore` afterwards. Done again, it leaves the same.
-    ValueError if an expert is not at its end, belongs to another run, or was not trained from the same weights.
+    The caller holds the folder; rank 0 does this, and all ranks have it then. Done again, it leaves the same. ValueError if an
+    expert is not at its end, belongs to another run, or was not trained from the same weights.
     """
+    with trainer.world.together():
+        if trainer.world.is_main:
+            _join(trainer)
+    trainer.save()
+    trainer.restore()
+    trainer.flush()
+
+
+def _join(trainer: Trainer) -> None:
+    """All but the checkpoint, which makes it a run that is trained."""
     folder = trainer.folder
     assert folder is not None
     places = [expert_folder(folder, interval.index) for interval in trainer.method.intervals]
@@ -45,8 +55,6 @@ def assemble(trainer: Trainer) -> None:
     write_text_atomically(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     _join_provenance(folder, places)
     take(trainer, final)
-    trainer.save()
-    trainer.flush()
 
 
 def summary_of_jobs(trainer: Trainer, initial_flops: float) -> dict[str, Any]:

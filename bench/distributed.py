@@ -8,7 +8,8 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 FAREWELL_SECONDS = 0.2
+PATIENCE = timedelta(hours=4)  # for what one rank does alone while the others wait: 250 GB, read at 20 MB/s to be hashed
 Found = TypeVar("Found")
 
 
@@ -26,6 +28,7 @@ class World:
 
     rank: int = 0
     size: int = 1
+    patient: dist.ProcessGroup | None = field(default=None, compare=False)  # in which `together` waits
 
     @property
     def is_main(self) -> bool:
@@ -37,11 +40,11 @@ class World:
         share = count // self.size
         return slice(self.rank * share, (self.rank + 1) * share)
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def sum(self, tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
         """The sum over ranks, on every rank."""
         if self.size > 1:
             tensor = tensor.clone()
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=group)
         return tensor
 
     def mean(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -93,17 +96,18 @@ class World:
     @contextmanager
     def together(self) -> Iterator[None]:
         """What ranks do here, each on its own and without messages, is done by all or by none: where one rank fails, all leave
-        with an error (the others a ValueError), so that none waits for one that has given up.
+        with an error (the others a ValueError), so that none waits for one that has given up. One may take as long as `PATIENCE`
+        while the others wait; that a process has died is noticed at once.
         """
         failure: Exception | None = None
         try:
             yield
         except Exception as error:
             failure = error
-        anywhere = self.any(failure is not None, torch.device("cpu"))
+        num_failures = int(self.sum(torch.tensor(int(failure is not None)), self.patient))
         if failure is not None:
             raise failure
-        if anywhere:
+        if num_failures:
             raise ValueError(f"rank {self.rank} stops because another of the {self.size} ranks failed: see its message")
 
     def agree(self, number: float, device: torch.device) -> float:
@@ -210,7 +214,9 @@ def world_from_environment(device: torch.device) -> Iterator[World]:
     choose_gpu(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
-        yield World(dist.get_rank(), size)
+        # Apart from the group of all other messages: who waits for a rank that never comes, or for a step, is not that patient.
+        patient = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))
+        yield World(dist.get_rank(), size, patient)
     finally:
         dist.destroy_process_group()
         # PyTorch remembers the mesh of sharded tensors, and so keeps the group's threads. They need the interpreter once more, to

@@ -66,11 +66,12 @@ def train_expert(trainer: Trainer) -> None:
     folder = trainer.folder
     assert folder is not None and len(trainer.intervals) == 1
     trainer.fit()
-    if trainer.world.is_main:
-        summary = summary_of(trainer, initial_flops=0.0)
-        write_json_atomically(folder / "summary.json", {name: summary[name] for name in COSTS})
-        _read_back(trainer, folder)
-        write_text_atomically(folder / "done", "")
+    with trainer.world.together():
+        if trainer.world.is_main:
+            summary = summary_of(trainer, initial_flops=0.0)
+            write_json_atomically(folder / "summary.json", {name: summary[name] for name in COSTS})
+            _read_back(trainer, folder)
+            write_text_atomically(folder / "done", "")
 
 
 def all_done(folder: Path, num_experts: int) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import switches
@@ -43,7 +43,7 @@ class Cost:
 @switches.only_off(())  # a budget does not depend on `system.plain`, of this run or of the one before in this process
 def measure(method: Method, image_shape: tuple[int, int, int], num_classes: int) -> Cost:
     """The cost of a method on images (C, H, W), averaged over its intervals by length."""
-    twin = copy.deepcopy(method).to("meta")
+    twin = on_meta(method)
     chosen = _spread(twin.intervals)
     fixed = per_image = forward = 0.0  # times the length of the intervals: sums of whole numbers, so that equals stay equal
     step, evaluation = _count_both(twin, chosen[0], image_shape)
@@ -56,6 +56,13 @@ def measure(method: Method, image_shape: tuple[int, int, int], num_classes: int)
         forward += interval.length * (evaluation[1] - evaluation[0]) / (BATCHES[1] - BATCHES[0])
     length = sum(interval.length for interval in chosen)
     return Cost(fixed / length, per_image / length, forward / length)
+
+
+def on_meta(method: Method) -> Method:
+    """The same network without its numbers. No weight is copied on the way: there may be no room for two of each."""
+    memo: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in method.buffers()}
+    memo |= {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in method.parameters()}
+    return copy.deepcopy(method, memo).to("meta")
 
 
 def count_flops(run: Callable[[], Any]) -> int:

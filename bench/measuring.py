@@ -29,16 +29,18 @@ def measure_if_due(trainer: "Trainer") -> None:
     with trainer.ema.applied():
         losses = item_losses(trainer.method, trainer.objective, trainer.heldout, world, trainer.device, trainer.intervals)
         snapshot = trainer.method.diagnostics() if trainer.folder else {}
-        if trainer.folder and is_on_curve(trainer):
-            images_of_all = trainer.steps_done * config.train.batch_size  # one place for jobs that train apart
-            keep_weights(trainer.folder, trainer.method, {**trainer.place(), "images_seen": images_of_all})
-    if trainer.experts is None:
-        for row in bin_rows(trainer.heldout, losses):
-            journal.write({"kind": "heldout", **trainer.place(), **row})
-    else:  # of a bin's images only some, it may be: it takes all experts to tell its mean
-        row = item_row(trainer.heldout, losses, trainer.intervals)
-        journal.write({"kind": "heldout items", **trainer.place(), **row})
-    journal.snapshot(trainer.images_seen, snapshot)
+        with trainer.world.together():
+            if trainer.folder and is_on_curve(trainer):
+                images_of_all = trainer.steps_done * config.train.batch_size  # one place for jobs that train apart
+                keep_weights(trainer.folder, trainer.method, {**trainer.place(), "images_seen": images_of_all})
+    with trainer.world.together():
+        if trainer.experts is None:
+            for row in bin_rows(trainer.heldout, losses):
+                journal.write({"kind": "heldout", **trainer.place(), **row})
+        else:  # of a bin's images only some, it may be: it takes all experts to tell its mean
+            row = item_row(trainer.heldout, losses, trainer.intervals)
+            journal.write({"kind": "heldout items", **trainer.place(), **row})
+        journal.snapshot(trainer.images_seen, snapshot)
 
 
 def is_on_curve(trainer: "Trainer") -> bool:

@@ -125,8 +125,8 @@ def notes(planned: Sequence["PlannedRun"], profile: "Profile", num_devices: int)
     if any(each.config.system.recompute for each in planned):
         found.append("With system.recompute the hours hold a third more computation, which a budget does not count.")
     if sharded := [each for each in planned if each.config.system.shard == "full"]:
-        most = max((each.memory.averages > 0) + 1 for each in sharded) * 4 * max(each.stored_parameters for each in sharded)
-        found.append(f"Sampling and scoring take whole copies: up to {_number(most / 1e9)} GB on each device.")
+        most = 4 * max(each.stored_parameters for each in sharded)
+        found.append(f"Sampling and scoring take a whole network: up to {_number(most / 1e9)} GB on each device.")
     if missing := sorted({path for each in planned for path in each.missing}):
         found.append(f"To run, these are still missing: {', '.join(missing)}.")
     return found

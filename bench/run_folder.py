@@ -83,18 +83,19 @@ def held(trainer: Trainer, folder: Path, is_dead: Callable[[str], bool] | None) 
     """Hold and prepare the folder; inside, the trainer stops at once if another process takes it over."""
     world, should_stop = trainer.world, trainer.should_stop
     with ExitStack() as stack:
-        refusal: ValueError | None = None
-        if world.is_main:
-            try:
-                ours = stack.enter_context(locked(folder, is_dead))
-                prepare_folder(trainer.config, folder, world.size)
-                (folder / "failure.json").unlink(missing_ok=True)
-                trainer.should_stop = guarded(ours, should_stop)
-            except ValueError as error:
-                refusal = error
-        if not world.decide(refusal is None, trainer.device):  # no rank waits for one that has given up
-            kind = Held if world.decide(isinstance(refusal, Held), trainer.device) else ValueError
-            raise refusal or kind(f"rank 0 cannot begin run {folder.name}: see its message")
+        refusal: Held | None = None
+        with world.together():
+            if world.is_main:
+                try:
+                    ours = stack.enter_context(locked(folder, is_dead))
+                except Held as error:  # no failure, and all are to know that
+                    refusal = error
+                else:
+                    prepare_folder(trainer.config, folder, world.size)
+                    (folder / "failure.json").unlink(missing_ok=True)
+                    trainer.should_stop = guarded(ours, should_stop)
+        if world.decide(refusal is not None, torch.device("cpu")):
+            raise refusal or Held(f"rank 0 cannot begin run {folder.name}: see its message")
         yield
 
 

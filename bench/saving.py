@@ -10,11 +10,17 @@ if TYPE_CHECKING:
 
 
 def save(trainer: "Trainer") -> None:
-    """A checkpoint of everything that the next step depends on, if there is a folder for it. All ranks call this."""
-    if trainer.folder and trainer.is_sharded:
+    """A checkpoint of everything that the next step depends on, if there is a folder for it. All ranks call this, and go on
+    when it is there: to wait for rank 0 here or at the next step's gradients costs the same.
+    """
+    if trainer.folder is None:
+        return
+    if trainer.is_sharded:
         sharded_checkpoint.save(trainer)
-    elif trainer.folder and trainer.world.is_main:
-        checkpoint.save(trainer.folder / "checkpoints", trainer.steps_done, tensors_of(trainer), counters_of(trainer))
+        return
+    with trainer.world.together():
+        if trainer.world.is_main:
+            checkpoint.save(trainer.folder / "checkpoints", trainer.steps_done, tensors_of(trainer), counters_of(trainer))
 
 
 def take_newest(trainer: "Trainer") -> dict[str, Any] | None:

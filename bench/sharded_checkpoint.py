@@ -1,10 +1,10 @@
 """How is the state of a sharded run kept, and how does it become an ordinary run's?
 
-A checkpoint is a folder into which each rank writes its parts (torch.distributed.checkpoint, as safetensors), with the
-counters and digests of them and of every file. It gets its name when all is written; the last two are kept, one that any
-rank finds damaged is passed over by all with a warning, another number of ranks can read it, and loading executes nothing.
-At the end of training the weights and averages are gathered, one tensor at a time, into a checkpoint as `bench.checkpoint`
-writes them.
+A checkpoint is a folder into which each rank writes its parts (torch.distributed.checkpoint, as safetensors of about a
+gigabyte), with the counters and digests of them and of every file. It gets its name when all is written; the last two are
+kept, one that any rank finds damaged is passed over by all with a warning, another number of ranks can read it, and loading
+executes nothing. At the end of training the weights and averages are gathered, one tensor at a time, into a checkpoint as
+`bench.checkpoint` writes them.
 """
 
 import errno
@@ -14,6 +14,7 @@ import shutil
 import struct
 import warnings
 from collections.abc import Iterable, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from bench.checkpoint import KEPT, digest_of, take_in
 from bench.config import RunConfig
 from bench.data.source import hash_file
-from bench.distributed import World, whole
+from bench.distributed import World, local, whole
 from bench.files import read_text, write_json_atomically
 from bench.training_state import counters_of, optimizer_entries, take_counters, tensors_of
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from bench.trainer import Trainer
 
 SUFFIX = ".sharded"
+FILE_BYTES = 1_000_000_000  # of a rank's part in each of its files: the library holds a file three times while it writes it
 DTYPES = {
     **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
     **{torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"},
@@ -76,9 +78,11 @@ def save(trainer: "Trainer") -> None:
             for leftover in path.parent.glob(".tmp*"):  # of processes killed while they wrote
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             temporary.mkdir(parents=True)
-    writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+    saved = _saved(tensors_of(trainer))
+    files = file_numbers(saved, FILE_BYTES)
+    writer = dcp.HuggingFaceStorageWriter(str(temporary), fqn_to_index_mapping=files, save_distributed=True)
     try:
-        dcp.save(_saved(tensors_of(trainer)), storage_writer=writer)
+        dcp.save(saved, storage_writer=writer)
     except CheckpointException as error:  # of whichever rank; on all
         raise OSError(errno.EIO, _first_failure(error), str(temporary)) from None
     with world.together():
@@ -96,6 +100,15 @@ def save(trainer: "Trainer") -> None:
             for other in there:
                 if other not in kept:
                     shutil.rmtree(other)
+
+
+def file_numbers(tensors: Mapping[str, Tensor], file_bytes: int) -> dict[str, int]:
+    """Name -> which of a rank's files, from 1 on, takes its part: a file gets what begins in its `file_bytes` of all parts in
+    a row. Rank 0, whose parts are the largest, says it for all.
+    """
+    sizes = [local(tensor).nbytes for tensor in tensors.values()]
+    ends = accumulate(sizes)
+    return {name: 1 + (end - size) // file_bytes for name, size, end in zip(tensors, sizes, ends, strict=True)}
 
 
 def load_latest(trainer: "Trainer") -> dict[str, Any] | None:
@@ -167,10 +180,13 @@ def write_whole(path: Path, tensors: Mapping[str, Tensor], counters: dict[str, A
 
 
 def take_whole(trainer: "Trainer", path: Path) -> None:
-    """Be where an ordinary checkpoint without the optimiser's state was made, one tensor after the other."""
-    with safe_open(path, framework="pt") as file:
+    """Be, only to be scored, where an ordinary checkpoint was made, one tensor after the other. All ranks take part."""
+    assert trainer.only_scored
+    with trainer.world.together(), safe_open(path, framework="pt") as file:
+        there = set(file.keys())
         for name, tensor in tensors_of(trainer).items():
-            tensor.copy_(file.get_tensor(name))
+            average = f"ema.{name.removeprefix('model.')}"
+            tensor.copy_(file.get_tensor(average if average in there else name))
         take_counters(trainer, json.loads(file.metadata()["counters"]))
 
 

@@ -1,6 +1,6 @@
 """What does a sharded run do that an ordinary one does not? It begins in parts, and is gathered when it is trained.
 
-Only training is sharded. Sampling and scoring take one copy of the weights and one of the averages on each device.
+Only training is sharded. Sampling and scoring take one whole network on each device: the averages, where there are some.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import torch
 from bench import sharded_checkpoint
 from bench.config import RunConfig
 from bench.data import DataSource
-from bench.distributed import World
+from bench.distributed import World, local
 from bench.flops import Cost, measure
 from bench.method import Method
 from bench.recompute import blocks_of
@@ -23,9 +23,10 @@ Build = Callable[[], Method]
 
 
 def check(config: RunConfig, folder: Path, world: World, trained: bool) -> bool:
-    """Whether the run is to be trained in parts, on all ranks; ValueError if it cannot, or was begun in the other way."""
-    device = torch.device(config.system.device)
-    if world.decide(trained, device):
+    """Whether the run is to be trained in parts; ValueError if it cannot, or was begun in the other way. All ranks call this,
+    and have agreed on whether it is `trained`.
+    """
+    if trained:
         return False
     with world.together():
         sharded_checkpoint.check(config, folder, world)
@@ -63,13 +64,16 @@ def cost_of(build: Build, data: DataSource) -> Cost:
 
 
 def gathered(trainer: Trainer, build: Build) -> Trainer:
-    """An ordinary trainer, to sample and score what a sharded one has trained, which lets go of all that it holds."""
+    """An ordinary trainer, only to be scored, of what a sharded one has trained, which lets go of all that it holds."""
     path = sharded_checkpoint.gather(trainer)
     trainer.optimizer.state.clear()
     trainer.ema.averages.clear()
+    for parameter in trainer.method.parameters():
+        local(parameter).untyped_storage().resize_(0)  # FSDP refers to it, and who called us to the method
     trainer.method.to_empty(device="meta")
     method = make_empty(build, trainer.device)
     config, world = trainer.config, trainer.world
-    other = Trainer(method, config, trainer.data, trainer.folder, world, trainer.cost, should_stop=trainer.should_stop)
+    should_stop = trainer.should_stop
+    other = Trainer(method, config, trainer.data, trainer.folder, world, trainer.cost, should_stop=should_stop, only_scored=True)
     sharded_checkpoint.take_whole(other, path)
     return other

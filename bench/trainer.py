@@ -45,7 +45,8 @@ class Trainer:
     """Trains `method` in place. With a `folder`, it logs, saves, and resumes from what it finds there.
 
     `experts`: train only the steps of these intervals, as a job of its own; by default all. `should_stop` is asked at
-    every step: when it is true on any rank, all save at the same step and raise Interrupted.
+    every step: when it is true on any rank, all save at the same step and raise Interrupted. `only_scored`: for what was trained
+    before, of which it holds one network, the averages where there are some; it is neither trained nor saved.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Trainer:
         cost: Cost | None = None,
         experts: frozenset[int] | None = None,
         should_stop: Callable[[], bool] = never,
+        only_scored: bool = False,
     ) -> None:
         self.config, self.data, self.folder, self.experts, self.should_stop = config, data, folder, experts, should_stop
         self.world = world or World()
@@ -88,7 +90,8 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, betas=betas, weight_decay=config.train.weight_decay, **kernel)
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.ema = EMA(method, config.train.ema_half_life_images, config.train.ema_warmup)
+        self.only_scored = only_scored
+        self.ema = EMA(method, 0 if only_scored else config.train.ema_half_life_images, config.train.ema_warmup)
         continuous = config.diffusion.objective == "flow"
         self.heldout = make_heldout_set(config.heldout, data, config.diffusion.num_timesteps, continuous)
         self.steps_done = 0
@@ -107,6 +110,7 @@ class Trainer:
 
         Raises Diverged if a loss term, a penalty or the gradient's norm is not finite.
         """
+        assert not self.only_scored
         intervals = batches[0].intervals_of_step or (batches[0].interval,)
         expected = len(self.shares), self.config.train.intervals_per_step
         assert (len(batches), len(intervals)) == expected, "one batch of each share, which name all intervals if they are several"
@@ -189,6 +193,7 @@ class Trainer:
                 self._count_time(time.perf_counter() - started)
                 if due:
                     self.flush()
+                if due and not self.finished():  # at the end one is saved when it is measured
                     self.save_if_due()
         stop.settle()
         measuring.measure_if_due(self)
@@ -196,11 +201,11 @@ class Trainer:
         self.save()
 
     def save_for_later(self) -> NoReturn:
-        """Leave everything as the step to come needs it; raises Interrupted on all ranks, once rank 0 has saved."""
+        """Leave everything as the step to come needs it; raises Interrupted on all ranks, once it is saved."""
         self.journal.check_finite()
-        self.journal.heartbeat({**self.place(), "lost": self.lost})
+        with self.world.together():
+            self.journal.heartbeat({**self.place(), "lost": self.lost})
         self.save()
-        self.world.decide(True, self.device)
         raise Interrupted(f"stopped after step {self.steps_done}; everything is saved")
 
     @property
@@ -233,8 +238,9 @@ class Trainer:
         """Write what was recorded since the last time, and refuse to go on with numbers that are not finite."""
         self.journal.check_finite()
         lr = self.optimizer.param_groups[0]["lr"]
-        loss = self.journal.flush(self.place(), lr)
-        self.journal.heartbeat({**self.place(), "lost": self.lost})
+        with self.world.together():  # rank 0's disk may be full
+            loss = self.journal.flush(self.place(), lr)
+            self.journal.heartbeat({**self.place(), "lost": self.lost})
         images_per_second = self.images_seen / self.device_seconds if self.device_seconds else 0.0
         self.bar.update(self.spent, images_per_second, loss)
 
@@ -258,10 +264,17 @@ class Trainer:
 
     def save(self) -> None:
         """A checkpoint of everything that the next step depends on. (Generators need none: they are seeded by step.)"""
+        assert not self.only_scored
         started = time.monotonic()
         saving.save(self)
         self.last_save = time.monotonic()
         self.save_seconds = self.last_save - started
+
+    def prepare_to_train(self) -> None:
+        """Where it was only to be scored, and that cannot be: with weights and averages, which the caller loads."""
+        if self.only_scored:
+            self.only_scored = False
+            self.ema = EMA(self.method, self.config.train.ema_half_life_images, self.config.train.ema_warmup)
 
     def restore(self) -> None:
         """Take the newest sound checkpoint's state, to evaluate it; ValueError if there is none."""
@@ -274,9 +287,9 @@ class Trainer:
         with self.world.together():
             heartbeat = self.journal.last_heartbeat()
             self.journal.rewind(counters["journal"] if counters else None)
-        if heartbeat:  # it knows what earlier crashes undid, too; written at once, as the next may come before the next flush
-            images = max(0, heartbeat["images_seen"] - self.images_seen)
-            seconds = max(0.0, heartbeat["device_seconds"] - self.device_seconds)
-            before = heartbeat["lost"]
-            self.lost = {"images": before["images"] + images, "device_seconds": before["device_seconds"] + seconds}
-            self.journal.heartbeat({**self.place(), "lost": self.lost})
+            if heartbeat:  # it knows what earlier crashes undid, too; written at once, as the next may come before the next flush
+                images = max(0, heartbeat["images_seen"] - self.images_seen)
+                seconds = max(0.0, heartbeat["device_seconds"] - self.device_seconds)
+                before = heartbeat["lost"]
+                self.lost = {"images": before["images"] + images, "device_seconds": before["device_seconds"] + seconds}
+                self.journal.heartbeat({**self.place(), "lost": self.lost})

@@ -41,17 +41,21 @@ def counters_of(trainer: "Trainer") -> dict[str, Any]:
 
 
 def take(trainer: "Trainer", found: Checkpoint) -> None:
-    """Be where a checkpoint was made."""
+    """Be where a checkpoint was made; who is only scored has its averages as weights, where there are some."""
     tensors, counters = found.tensors, found.counters
-    load_exactly(trainer.method, _under("model.", tensors), f"the checkpoint in {trainer.folder}")
+    averages = _under("ema.", tensors)
+    weights = _under("model.", tensors) | (averages if trainer.only_scored else {})
+    load_exactly(trainer.method, weights, f"the checkpoint in {trainer.folder}")
     trainer.objective.module.load_state_dict(_under("objective.", tensors))
-    trainer.ema.load(_under("ema.", tensors), counters["ema_images_seen"])
-    named = _named_parameters(trainer)
+    take_counters(trainer, counters)
     trainer.optimizer.state.clear()
+    if trainer.only_scored:
+        return
+    trainer.ema.load(averages, counters["ema_images_seen"])
+    named = _named_parameters(trainer)
     for key, value in _under("optimizer.", tensors).items():
         name, _, entry = key.rpartition(".")
         trainer.optimizer.state[named[name]][entry] = value.to(trainer.device)
-    take_counters(trainer, counters)
 
 
 def take_counters(trainer: "Trainer", counters: Mapping[str, Any]) -> None:

@@ -132,8 +132,8 @@ def work(rank: int, port: int, folder: Path) -> None:
         run = tiny_trainer("multi_expert", APART, *AVERAGED, folder=folder / "run", world=world)
         if world.is_main:
             prepare_folder(run.config, folder / "run")
-            assemble.assemble(run)
-        world.decide(True, run.device)
+        assemble.assemble(run)
+        assert run.finished()  # on both
         restored = tiny_trainer("multi_expert", *AVERAGED, folder=folder / "run", world=world)
         restored.restore()
         assert restored.finished()

@@ -128,7 +128,7 @@ def test_seconds_are_summed_over_devices(clock, monkeypatch):
     monkeypatch.setattr(trainer, "Agreement", lambda world: Agreement(World()))  # who asks to stop
 
     class Alone(World):  # two ranks' arithmetic in one process
-        def sum(self, tensor):
+        def sum(self, tensor, group=None):
             return tensor
 
         def mean(self, values):

@@ -170,3 +170,19 @@ def test_many_intervals_are_measured_by_a_spread_choice(monkeypatch):
     method = METHODS["remix_dit"](SHAPE, num_timesteps=T, bases=2, experts=T, prior_weight=0.0)
     cost = measure(method, (2, 6, 6), 5)
     assert cost.forward_macs_per_image == DENSE and cost.train_flops_per_image == 2 * (3 * DENSE - NO_INPUT_GRADIENT)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_weight_is_copied_to_be_counted(variant, monkeypatch):
+    """The largest networks fill their device once."""
+    method = tiny(variant)
+
+    def refuse(*_):
+        raise AssertionError("copied")
+
+    monkeypatch.setattr(torch.nn.Parameter, "__deepcopy__", refuse)
+    twin = flops.on_meta(method)
+    assert all(tensor.is_meta for tensor in (*twin.parameters(), *twin.buffers()))
+    assert not any(tensor.is_meta for tensor in (*method.parameters(), *method.buffers()))
+    shapes = {name: (p.shape, p.dtype, p.requires_grad) for name, p in method.named_parameters()}
+    assert shapes == {name: (p.shape, p.dtype, p.requires_grad) for name, p in twin.named_parameters()}

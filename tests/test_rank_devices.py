@@ -54,6 +54,7 @@ def on_node(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str], int], 
         monkeypatch.setattr(torch.cuda, "set_device", set_device)
         monkeypatch.setattr(torch, "zeros", put_zeros)
         monkeypatch.setattr(dist, "init_process_group", lambda backend: used.append(current[0]))
+        monkeypatch.setattr(dist, "new_group", lambda backend, timeout: None)
         monkeypatch.setattr(dist, "get_rank", lambda: int(environment["RANK"]))
         monkeypatch.setattr(dist, "get_world_size", lambda: int(environment["WORLD_SIZE"]))
         monkeypatch.setattr(dist, "destroy_process_group", lambda: None)

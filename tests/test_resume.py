@@ -84,9 +84,20 @@ def test_checkpoints_are_also_made_by_wall_time(every, save_seconds, saved_at, t
 
     monkeypatch.setattr(trained, "step", timed_step)
     trained.fit()
-    assert list(dict.fromkeys(steps)) == saved_at  # at the end once more
+    assert steps == saved_at  # the last step once, also where a save by time is due
     found = [checkpoint.load(path).counters["steps_done"] for path in checkpoint.list_checkpoints(tmp_path / "checkpoints")]
     assert found == saved_at[-2:]  # the last two are kept
+
+
+def test_the_last_step_is_saved_once_and_holds_what_was_measured_then(tmp_path, monkeypatch):
+    save, steps = saving.save, []
+    monkeypatch.setattr(saving, "save", lambda trainer: steps.append(trainer.steps_done) or save(trainer))
+    for every in (4, 0):
+        (tmp_path / str(every)).mkdir()
+        tiny_trainer("dense", f"system.checkpoint_every={every}", folder=tmp_path / str(every)).fit()
+    assert steps == [4, 8, 12, 12]
+    (often, counters), (once, same) = saved(tmp_path / "4"), saved(tmp_path / "0")
+    assert not differing(often, once) and counters == same and counters["heldout_points"] == 3
 
 
 def test_a_crash_before_the_first_heartbeat_after_a_crash_counts_the_lost_work_once(tmp_path):

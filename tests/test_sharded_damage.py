@@ -12,6 +12,7 @@ from test_ranks import on_ranks
 from test_sharding import gathered_state, sharded_trainer
 from training import crash_after, differing
 
+from bench import sharded_checkpoint
 from bench.distributed import World
 from bench.sharded_checkpoint import list_checkpoints
 
@@ -57,8 +58,10 @@ DAMAGES = (damage, missing, unreadable, half_a_record, another_record, not_to_be
 
 def go_back(world: World, out: Path) -> None:
     """What one of two ranks does. Each has a copy of the run to itself; in one of them the newest checkpoint is damaged."""
+    sharded_checkpoint.FILE_BYTES = 10_000  # several files of each rank
     crash_after(sharded_trainer("dense", folder=out / "run", world=world), 9)  # checkpoints after steps 4 and 8
     world.barrier()
+    assert len(shards(list_checkpoints(out / "run")[-1])) > 2 * world.size
 
     def copy(name: str) -> Path:
         return Path(shutil.copytree(out / "run", out / f"{name}, rank {world.rank}"))

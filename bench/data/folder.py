@@ -13,7 +13,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
 from bench.config import DataConfig
-from bench.data.source import DataSource, balanced_order, hash_file, hashed_once, stamp, to_unit_range
+from bench.data.digest import Stamp, stamp
+from bench.data.source import DataSource, balanced_order, hash_file, to_unit_range
 
 EXTENSIONS = (".png", ".jpg", ".jpeg")
 LAYOUT = "lay images out as train/CLASS/*.png (or .jpg) and heldout/CLASS/*.png below data.path"
@@ -53,16 +54,16 @@ def load_folder(config: DataConfig) -> DataSource:
     train = FolderImages(train_paths, train_labels, config.image_size)
     heldout = FolderImages(tuple(heldout_paths[i] for i in order.tolist()), heldout_labels[order], config.image_size)
 
-    def hash_files() -> str:
+    def fingerprint() -> str:
         digest = hashlib.sha256(f"{config.image_size}".encode())
         for path in (*train.paths, *heldout.paths):
             digest.update(f"{path.relative_to(root).as_posix()} {hash_file(path)};".encode())
         return digest.hexdigest()
 
-    def fingerprint() -> str:
-        return hashed_once(stamp((*train.paths, *heldout.paths), f"folder {root} {config.image_size}"), hash_files)
+    def stamped() -> Stamp:
+        return stamp((*train.paths, *heldout.paths), f"folder {root} {config.image_size}")
 
-    return DataSource("folder", len(classes), 3, config.image_size, train, heldout, fingerprint)
+    return DataSource("folder", len(classes), 3, config.image_size, train, heldout, fingerprint, stamp=stamped)
 
 
 def _classes(folder: Path) -> list[str]:
