@@ -9,6 +9,7 @@ separate what is paid once per step (weight mixing, gate tables) from what is pa
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import switches
 from bench.intervals import Interval
-from bench.method import Denoiser, Method
+from bench.method import Method
 
 BATCHES = (8, 24)
 MAX_INTERVALS = 16  # measured, evenly spaced; one where the method says that all cost the same
@@ -41,21 +42,19 @@ class Cost:
 
 
 @switches.only_off(())  # a budget does not depend on `system.plain`, of this run or of the one before in this process
-def measure(method: Method, image_shape: tuple[int, int, int], num_classes: int) -> Cost:
+def measure(method: Method, image_shape: tuple[int, int, int]) -> Cost:
     """The cost of a method on images (C, H, W), averaged over its intervals by length."""
     twin = on_meta(method)
-    chosen = _spread(twin.intervals)
-    fixed = per_image = forward = 0.0  # times the length of the intervals: sums of whole numbers, so that equals stay equal
-    step, evaluation = _count_both(twin, chosen[0], image_shape)
-    for interval in chosen:
-        if interval != chosen[0] and not method.intervals_cost_alike:
-            step, evaluation = _count_both(twin, interval, image_shape)
-        slope = (step[1] - step[0]) / (BATCHES[1] - BATCHES[0])
-        fixed += interval.length * (step[0] - slope * BATCHES[0])
-        per_image += interval.length * slope
-        forward += interval.length * (evaluation[1] - evaluation[0]) / (BATCHES[1] - BATCHES[0])
-    length = sum(interval.length for interval in chosen)
-    return Cost(fixed / length, per_image / length, forward / length)
+    per_pass, per_image = _average(twin, lambda interval: _count_training(twin, interval, image_shape))
+    _, forward = _average(twin, lambda interval: _count_evaluation(twin, interval, image_shape))
+    return Cost(per_pass, per_image, forward)
+
+
+@switches.only_off(())
+def forward_macs_per_image(method: Method, image_shape: tuple[int, int, int]) -> float:
+    """Of that cost, this alone, in a quarter of the time."""
+    twin = on_meta(method)
+    return _average(twin, lambda interval: _count_evaluation(twin, interval, image_shape))[1] / 2
 
 
 def on_meta(method: Method) -> Method:
@@ -72,25 +71,36 @@ def count_flops(run: Callable[[], Any]) -> int:
     return int(counter.get_total_flops())
 
 
-def _count_both(twin: Method, interval: Interval, image_shape: tuple[int, int, int]) -> tuple[list[int], list[int]]:
-    """FLOPs of a training step, and of a specialised network's evaluation, at both batch sizes."""
-    step = [_count_training(twin, interval, image_shape, batch) for batch in BATCHES]
-    denoiser = twin.specialise(interval)
-    return step, [_count_evaluation(denoiser, interval, image_shape, batch) for batch in BATCHES]
+def _average(method: Method, count: Callable[[Interval], list[int]]) -> tuple[float, float]:
+    """FLOPs of a pass whatever its batch, and of each of its images; `count` gives those of an interval at both batch sizes."""
+    chosen = _spread(method.intervals)
+    fixed = per_image = 0.0  # times the length of the intervals: sums of whole numbers, so that equals stay equal
+    counted = count(chosen[0])
+    for interval in chosen:
+        if interval != chosen[0] and not method.intervals_cost_alike:
+            counted = count(interval)
+        slope = (counted[1] - counted[0]) / (BATCHES[1] - BATCHES[0])
+        fixed += interval.length * (counted[0] - slope * BATCHES[0])
+        per_image += interval.length * slope
+    length = sum(interval.length for interval in chosen)
+    return fixed / length, per_image / length
 
 
-def _count_training(method: Method, interval: Interval, image_shape: tuple[int, int, int], batch: int) -> int:
-    def step() -> None:
+def _count_training(method: Method, interval: Interval, image_shape: tuple[int, int, int]) -> list[int]:
+    """Of a training step, at both batch sizes."""
+
+    def step(batch: int) -> None:
         prediction = method(*_inputs(interval, image_shape, batch), interval, 0.0)
         torch.stack([prediction.output.square().mean(), *prediction.penalties.values()]).sum().backward()
+        method.zero_grad(set_to_none=True)
 
-    flops = count_flops(step)
-    method.zero_grad(set_to_none=True)
-    return flops
+    return [count_flops(partial(step, batch)) for batch in BATCHES]
 
 
-def _count_evaluation(denoiser: Denoiser, interval: Interval, image_shape: tuple[int, int, int], batch: int) -> int:
-    return count_flops(lambda: denoiser(*_inputs(interval, image_shape, batch)))
+def _count_evaluation(method: Method, interval: Interval, image_shape: tuple[int, int, int]) -> list[int]:
+    """Of a specialised network's evaluation, at both batch sizes."""
+    denoiser = method.specialise(interval)
+    return [count_flops(partial(denoiser, *_inputs(interval, image_shape, batch))) for batch in BATCHES]
 
 
 def _inputs(interval: Interval, image_shape: tuple[int, int, int], batch: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -164,7 +164,7 @@ def _measured(network: _Network) -> tuple[Method, Cost]:
     data = _data(network.config)
     with torch.device("meta"):
         method = job.build_method(network.config, data)  # type: ignore[arg-type]  # it asks for dimensions only
-    return method, measure(method, (data.channels, data.input_size, data.input_size), data.num_classes)
+    return method, measure(method, (data.channels, data.input_size, data.input_size))
 
 
 @cache

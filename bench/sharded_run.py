@@ -60,7 +60,7 @@ def cost_of(build: Build, data: DataSource) -> Cost:
     """As `bench.flops.measure`, without weights."""
     with torch.device("meta"):
         method = build()
-    return measure(method, (data.channels, data.input_size, data.input_size), data.num_classes)
+    return measure(method, (data.channels, data.input_size, data.input_size))
 
 
 def gathered(trainer: Trainer, build: Build) -> Trainer:

@@ -70,7 +70,7 @@ class Trainer:
         self.objective = make_objective(config.diffusion, config.model, method)
         self.objective.module.to(self.device)
         image_shape = (data.channels, data.input_size, data.input_size)
-        self.cost = cost or measure_cost(method, image_shape, data.num_classes)
+        self.cost = cost or measure_cost(method, image_shape)
         self.is_sharded = is_sharded(method)
         switches.set_plain(switches.parse(config.system.plain))
         if self.device.type == "cpu":

@@ -44,7 +44,7 @@ def test_equal_flops_are_different_numbers_of_images():
     data, images, spent = tiny_data(), {}, {}
     for method in RUNS:
         config = tiny_config(method, "budget.unit=train_flops", "budget.amount=5e9")
-        cost = measure(build_method(config, data), (2, 4, 4), 3)
+        cost = measure(build_method(config, data), (2, 4, 4))
         steps = plan(config.budget, cost, 8).num_steps
         images[method], spent[method] = 8 * steps, steps * cost.train_flops(8)
     assert max(spent.values()) - min(spent.values()) < 0.01 * 5e9
@@ -55,7 +55,7 @@ def test_equal_flops_are_different_numbers_of_images():
 
 @pytest.mark.parametrize("method", ["dense", "remix_dit"])
 def test_a_run_ends_when_its_flops_are_spent(method, tmp_path):
-    cost = measure(tiny_trainer(method).method, (2, 4, 4), 3)
+    cost = measure(tiny_trainer(method).method, (2, 4, 4))
     amount = 7 * cost.train_flops(8)
     trained = tiny_trainer(method, "budget.unit=train_flops", f"budget.amount={amount}", folder=tmp_path, cost=cost)
     trained.fit()

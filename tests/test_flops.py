@@ -27,7 +27,7 @@ NO_INPUT_GRADIENT = PATCH + 256 * D  # neither images nor sinusoids get a gradie
 
 
 def measured(method: str, shape: Shape = SHAPE, **options):
-    return measure(METHODS[method](shape, num_timesteps=T, **options), (shape.channels,) + 2 * (shape.input_size,), 5)
+    return measure(METHODS[method](shape, num_timesteps=T, **options), (shape.channels,) + 2 * (shape.input_size,))
 
 
 def assert_macs(cost, forward: int, train: int, fixed: int) -> None:
@@ -112,14 +112,14 @@ def test_published_sizes(size, published):
     """The "Gflops" of table 1 of arXiv 2212.09748, at 32x32x4 latents."""
     with torch.device("meta"):
         method = METHODS["dense"](Shape.of_size(size))
-    assert measure(method, (4, 32, 32), 1000).forward_macs_per_image == pytest.approx(published, rel=1e-3)
+    assert measure(method, (4, 32, 32)).forward_macs_per_image == pytest.approx(published, rel=1e-3)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_method_that_says_so_costs_the_same_on_all_intervals(variant):
     method = tiny(variant)
-    told, method.intervals_cost_alike = measure(method, (2, 4, 4), 3), False
-    assert measure(method, (2, 4, 4), 3) == told
+    told, method.intervals_cost_alike = measure(method, (2, 4, 4)), False
+    assert measure(method, (2, 4, 4)) == told
 
 
 def test_intervals_are_measured_one_by_one_unless_the_method_says_so():
@@ -132,13 +132,13 @@ def test_intervals_are_measured_one_by_one_unless_the_method_says_so():
             super().__init__(SHAPE, num_timesteps=T, experts=2)
             self.networks[1].blocks.extend(self.networks[0].blocks[:2])
 
-    assert measure(Growing(), (2, 6, 6), 5).forward_macs_per_image == DENSE + BLOCK
+    assert measure(Growing(), (2, 6, 6)).forward_macs_per_image == DENSE + BLOCK
 
 
 def test_measuring_leaves_the_method_as_it_is():
     method = tiny("dit_moe")
     before = {name: tensor.clone() for name, tensor in method.state_dict().items()}
-    measure(method, (2, 4, 4), 3)
+    measure(method, (2, 4, 4))
     assert all(torch.equal(tensor, before[name]) for name, tensor in method.state_dict().items())
     assert all(p.grad is None and p.device.type == "cpu" for p in method.parameters())
 
@@ -168,7 +168,7 @@ def test_many_intervals_are_measured_by_a_spread_choice(monkeypatch):
     monkeypatch.setattr(flops, "MAX_INTERVALS", 3)
     assert [interval.index for interval in flops._spread(partition(T, T))] == [0, 13, 26]
     method = METHODS["remix_dit"](SHAPE, num_timesteps=T, bases=2, experts=T, prior_weight=0.0)
-    cost = measure(method, (2, 6, 6), 5)
+    cost = measure(method, (2, 6, 6))
     assert cost.forward_macs_per_image == DENSE and cost.train_flops_per_image == 2 * (3 * DENSE - NO_INPUT_GRADIENT)
 
 

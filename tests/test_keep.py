@@ -17,6 +17,7 @@ from bench.keep import NUM_SAMPLES, RealImages, keep, read_real_images
 from bench.plots import figures_of, make_figures
 from bench.runs import Run, find_runs, read_run
 
+pytestmark = pytest.mark.xdist_group("keep")  # what its tests look at is made once, not by every worker
 NAMES = [str(i) for i in range(NUM_CLASSES)]
 REAL = RealImages(fake_images(np.random.default_rng(1), 60), NAMES)
 QUIET: Callable[[str], None] = lambda _: None  # noqa: E731

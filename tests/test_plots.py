@@ -41,6 +41,7 @@ EXPECTED = [
     "routing_by_class",
     "channel_masks",
 ]
+pytestmark = pytest.mark.xdist_group("plots")  # what its tests look at is made once, not by every worker
 PICTURES = {"samples.csv", "trajectories.csv"}
 
 

@@ -137,7 +137,7 @@ def test_a_step_has_the_mean_of_the_gradients_of_its_intervals(coefficients, num
 
 
 def test_every_image_of_every_interval_is_counted(tmp_path):
-    cost = measure(tiny_trainer("remix_dit").method, (2, 4, 4), 3)
+    cost = measure(tiny_trainer("remix_dit").method, (2, 4, 4))
     trained = tiny_trainer("remix_dit", FOUR, "train.micro_batches=2", folder=tmp_path, cost=cost)
     trained.fit()
     assert trained.steps_done == 12 and trained.updates == [16, 16, 16]

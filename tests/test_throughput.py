@@ -11,6 +11,8 @@ from bench.throughput.entrant import Entrant
 from bench.throughput.measure import Task, measure_all
 from bench.throughput.rows import SAMPLING, TRAINING
 
+pytestmark = pytest.mark.xdist_group("throughput")  # what its tests look at is made once, not by every worker
+
 
 def measured(chosen, task):
     return [row for group in measure_all(chosen, task) for row in group]

@@ -74,7 +74,7 @@ def network_costs(config: RunConfig, build: Build) -> dict[str, int]:
     """The columns of `computed_costs.csv`, from a network on the meta device."""
     import torch
 
-    from bench.flops import measure
+    from bench.flops import forward_macs_per_image
 
     size = config.data.image_size
     with torch.device("meta"):
@@ -85,5 +85,5 @@ def network_costs(config: RunConfig, build: Build) -> dict[str, int]:
         "stored_parameters": sum(p.numel() for p in method.parameters()),
         "active_parameters": method.num_active_parameters(),
         "position_values": next(iter(position_tables.values())),
-        "forward_macs_per_image": round(measure(method, (CHANNELS, size, size), NUM_CLASSES).forward_macs_per_image),
+        "forward_macs_per_image": round(forward_macs_per_image(method, (CHANNELS, size, size))),
     }

@@ -13,7 +13,7 @@ from bench import job, switches
 from bench.flops import Cost, measure
 from bench.memory import training_memory, trains_fused_attention
 from bench.method import Method
-from bench.throughput.contest import CHANNELS, FP32, INPUT_SIZE, NUM_CLASSES, Contestant, Setup, config_of
+from bench.throughput.contest import CHANNELS, FP32, INPUT_SIZE, Contestant, Setup, config_of
 from bench.throughput.entrant import synthetic_latents
 from bench.throughput.pieces import Need
 
@@ -35,7 +35,7 @@ def count_of(contestant: Contestant, setup: Setup) -> Count:
 
 @cache
 def _cost(contestant: Contestant, setup: Setup) -> Cost:
-    return measure(_on_meta(contestant, setup), SHAPE, NUM_CLASSES)
+    return measure(_on_meta(contestant, setup), SHAPE)
 
 
 def _need(contestant: Contestant, setup: Setup) -> Need:
