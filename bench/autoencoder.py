@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from bench.config import content_hash
+from bench.data.digest import Stamp, hashed_once, stamp
+from bench.data.source import hash_file
 from bench.precision import full_precision
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -74,6 +77,19 @@ def _is_positive(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
 
 
+def digest_of(layout: Layout) -> str:
+    """64 hexadecimal digits of what is in both files. Reads them, if this process has not since they changed."""
+    return hashed_once(_stamp(layout), lambda: content_hash([hash_file(path) for path in _files(layout)], length=64))
+
+
+def _stamp(layout: Layout) -> Stamp:
+    return stamp(_files(layout), "autoencoder")
+
+
+def _files(layout: Layout) -> list[Path]:
+    return [layout.folder / name for name in (CONFIG, WEIGHTS)]
+
+
 class Autoencoder:
     """Its networks, on a device. Images are (B, C, H, W) in [-1, 1]; latents (B, c, h, w), not scaled."""
 
@@ -103,20 +119,41 @@ class Autoencoder:
             return torch.cat([work(*parts) for parts in zip(*there, strict=True)])
 
 
-@cache
 def load_autoencoder(layout: Layout, device: torch.device) -> Autoencoder:
-    """Once for all runs that one process scores. ValueError if the weights do not fit config.json."""
+    """Once for all runs that one process scores, and again if the files change. ValueError if they do not fit each other."""
+    return _loaded(layout, device, digest_of(layout))
+
+
+@cache
+def _loaded(layout: Layout, device: torch.device, digest: str) -> Autoencoder:
     return Autoencoder(layout, device)
 
 
-def _load(folder: Path) -> torch.nn.Module:
+def check_loadable(layout: Layout) -> None:
+    """ValueError, the same as of `load_autoencoder`, before anything is trained for it. Only names and shapes are read."""
+    _check(layout.folder, _stamp(layout).key)
+
+
+@cache
+def _check(folder: Path, stamped: str) -> None:
+    """Once for all runs of a sweep: diffusers alone takes seconds."""
+    _load(folder, _read_shapes, "meta")
+
+
+def _read_shapes(path: Path) -> dict[str, Tensor]:
+    """Weights without their numbers."""
+    with safe_open(path, framework="pt") as file:
+        return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118
+
+
+def _load(folder: Path, read: Callable[[Path], dict[str, Tensor]] = load_file, device: str = "cpu") -> torch.nn.Module:
     """Strictly: `from_pretrained` of diffusers warns of weights that are missing, and leaves random ones in their place."""
     kind = _import_autoencoder()
     try:
-        with torch.random.fork_rng(devices=[]):  # layers draw weights, to be replaced, from the global generator
+        # Layers draw weights, to be replaced, from the global generator.
+        with torch.random.fork_rng(devices=[]), torch.device(device):
             model: torch.nn.Module = kind.from_config(_read_config(folder / CONFIG))
-        weights = load_file(folder / WEIGHTS)
-        model.load_state_dict({_present_name(name): weight for name, weight in weights.items()})
+        model.load_state_dict({_present_name(name): weight for name, weight in read(folder / WEIGHTS).items()})
     except (RuntimeError, ValueError, TypeError, LookupError, OSError, SafetensorError) as error:
         raise ValueError(f"the autoencoder in {folder} cannot be loaded ({_reason(error)}): {HINT}") from None
     return model.eval().requires_grad_(False)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 FAREWELL_SECONDS = 0.2
+LONGEST = 300  # characters of what one rank tells the others of its failure
 PATIENCE = timedelta(hours=4)  # for what one rank does alone while the others wait: 250 GB, read at 20 MB/s to be hashed
 Found = TypeVar("Found")
 
@@ -96,19 +97,21 @@ class World:
     @contextmanager
     def together(self) -> Iterator[None]:
         """What ranks do here, each on its own and without messages, is done by all or by none: where one rank fails, all leave
-        with an error (the others a ValueError), so that none waits for one that has given up. One may take as long as `PATIENCE`
-        while the others wait; that a process has died is noticed at once.
+        with an error (the others a ValueError that says why the first one failed), so that none waits for one that has given up.
+        One may take as long as `PATIENCE` while the others wait; that a process has died is noticed at once.
         """
         failure: Exception | None = None
         try:
             yield
         except Exception as error:
             failure = error
-        num_failures = int(self.sum(torch.tensor(int(failure is not None)), self.patient))
+        if not int(self.sum(torch.tensor(int(failure is not None)), self.patient)):
+            return
+        causes = self.of_all(None if failure is None else _in_one_line(failure), self.patient)
         if failure is not None:
             raise failure
-        if num_failures:
-            raise ValueError(f"rank {self.rank} stops because another of the {self.size} ranks failed: see its message")
+        first, cause = next((rank, cause) for rank, cause in enumerate(causes) if cause is not None)
+        raise ValueError(f"rank {self.rank} stops because rank {first} failed: {cause}")
 
     def agree(self, number: float, device: torch.device) -> float:
         """Rank 0's number, on every rank."""
@@ -118,11 +121,11 @@ class World:
         dist.broadcast(answer, src=0)
         return float(answer)
 
-    def of_all(self, value: Found) -> list[Found]:
+    def of_all(self, value: Found, group: dist.ProcessGroup | None = None) -> list[Found]:
         """What each rank has given (any object that can be pickled), by rank, on every rank."""
         values: list[Any] = [value] * self.size
         if self.size > 1:
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group)
         return values
 
     def share_text(self, text: str) -> str:
@@ -142,6 +145,11 @@ class World:
         if self.size > 1:
             dist.broadcast(block, src=owner)
         return block
+
+
+def _in_one_line(failure: Exception) -> str:
+    text = str(failure) if isinstance(failure, ValueError) else f"{type(failure).__name__}: {failure}"
+    return " ".join(text.split())[:LONGEST]
 
 
 def gradient_norm(parameters: list[torch.nn.Parameter]) -> Tensor:

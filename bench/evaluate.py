@@ -135,6 +135,8 @@ def metrics_of(protocol: EvalProtocol, data: DataSource) -> list[str]:
 
 def why_no_floor(protocol: EvalProtocol, data: DataSource) -> str:
     """In one sentence; empty if there are images enough."""
+    if not len(data.heldout):
+        return "there are no images to compute a floor from, only a reference file: set evaluation.images to have one"
     for images, name in ((data.heldout, "held-out"), (data.train, "training")):
         if len(images) < protocol.num_samples:
             return (
@@ -145,7 +147,7 @@ def why_no_floor(protocol: EvalProtocol, data: DataSource) -> str:
 
 
 def floor_scores(protocol: EvalProtocol, data: DataSource, device: str = "cpu") -> dict[str, float]:
-    """Real images against real ones at the same n: what a perfect model would score.
+    """Real images against real ones at the same n: what a perfect model would score. They do not go through a decoder.
 
     The first n held-out images stand for samples. For fid_heldout, n training images do instead, spread evenly through
     each class, without randomness.

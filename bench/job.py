@@ -127,10 +127,11 @@ def run(
     """
     world = world or World()
     device = find_device(config.system.device)
-    with world.together():  # a folder may be missing on one machine
+    with world.together():  # a folder or a library may be missing on one machine
         data = load_data(config.data)
         pixels = pixels_to_score(config.evaluation, data)
         experts.check_folder(config, folder)
+        sampler = make_sampler(config.diffusion, config.evaluation, config.model, data, config.system.compile_sampling)
     pixels = pixels and hashed_by_rank_0(pixels, world, folder.parent / REFERENCES)
     build_whole = partial(build_method, config, data)
     if config.system.compile != "none" or config.system.compile_sampling:
@@ -139,7 +140,6 @@ def run(
     sharded = sharded_run.check(config, folder, world, was_trained)
     with nullcontext() if sharded else world.together():  # sharded, ranks send messages meanwhile
         method, initial_flops = _initial_method(config, data, folder.parent, world if sharded else None)
-    sampler = make_sampler(config.diffusion, config.evaluation, config.model, data, config.system.compile_sampling)
     apart = _are_apart(config, method, expert)
     if _nothing_is_left(config, pixels, folder, world):
         return
@@ -156,7 +156,7 @@ def run(
             return
         trained = world.decide(is_trained(folder), device)
         if trained:
-            trainer.restore()
+            sharded_run.restore(trainer)
         if not (trained and trainer.finished()):  # its last checkpoint may be damaged: the one before is not what is scored
             trainer.prepare_to_train()
             assemble(trainer) if apart else trainer.fit()

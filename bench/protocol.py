@@ -71,6 +71,10 @@ class EvalProtocol:
 
 def check_scoring(config: EvaluationConfig, pixels: DataSource) -> None:
     """ValueError in one sentence if samples cannot be compared with these images so. Nothing is hashed, no image is read."""
+    if not len(pixels.train) and (not config.reference or adm.image_shape(Path(config.reference)) is None):  # decoded latents
+        raise ValueError(
+            "there are no images to compare samples with: set evaluation.images, or evaluation.reference to a file that has some"
+        )
     _check_extractor_fits(config.extractor, pixels)
     if config.sampler != "ddim" and config.eta != 0:
         raise ValueError(f"evaluation.eta is {config.eta}, which only the ddim sampler has: set it to 0 for {config.sampler}")
@@ -117,7 +121,7 @@ def protocol_of(config: EvaluationConfig, pixels: DataSource) -> EvalProtocol:
         guidance_start=config.guidance_start,
         guidance_stop=config.guidance_stop,
         solver=solver_of(config.sampler),
-        decoder=pixels.decoder(),
+        decoder=f"{pixels.decoder()} of latents {pixels.decoded.content_hash}" if pixels.decoded else pixels.decoder(),
         precision=config.precision,
         seed=config.seed,
         block_size=config.block_size,
@@ -129,17 +133,18 @@ def protocol_of(config: EvaluationConfig, pixels: DataSource) -> EvalProtocol:
 
 
 def hashed_by_rank_0(data: DataSource, world: World, digests: Path | None = None) -> DataSource:
-    """The same data set, which one rank reads to hash it for all; all must ask for its hash at the same place. It is kept in the
-    folder `digests` for the runs that follow.
+    """The same data set (and the latents that it is decoded from), which one rank reads to hash it for all; all must ask for its
+    hash at the same place. It is kept in the folder `digests` for the runs that follow.
     """
     read = replace(data, digests=digests)
+    decoded = data.decoded and hashed_by_rank_0(data.decoded, world, digests)
 
     def fingerprint() -> str:
         with world.together():
             own = read.content_hash if world.is_main else ""
         return world.share_text(own)
 
-    return replace(data, fingerprint=fingerprint, stamp=None)
+    return replace(data, fingerprint=fingerprint, stamp=None, decoded=decoded)
 
 
 def differences(a: EvalProtocol | Mapping[str, Any], b: EvalProtocol | Mapping[str, Any]) -> list[str]:
@@ -167,7 +172,8 @@ def _check_extractor_fits(extractor: str, data: DataSource) -> None:
         raise ValueError("evaluation.extractor is digits, which knows the images of data set digits alone: choose inception")
     if extractor == "inception" and data.channels != 3:
         raise ValueError(
-            f"evaluation.extractor is inception, which needs 3 channels, but {data.name} has {data.channels}: choose digits"
+            f"evaluation.extractor is inception, which needs images of 3 channels, but here they have {data.channels}: choose "
+            "digits for the data set digits; for others there is no extractor yet"
         )
 
 
@@ -180,10 +186,6 @@ def _check_counts(config: EvaluationConfig, pixels: DataSource) -> None:
             f"(evaluation.kid_subset_size is {config.kid_subset_size}): draw more, or lower evaluation.kid_subset_size"
         )
     shape = adm.image_shape(Path(config.reference)) if config.reference else None
-    if shape is None and not len(pixels.train):  # latents, without what they were encoded from
-        raise ValueError(
-            "there are no images to compare samples with: set evaluation.images, or evaluation.reference to a file that has some"
-        )
     num_reference = len(pixels.train) if shape is None else shape[0]
     least = max(config.kid_subset_size, EvalProtocol.neighbours + 1)
     if num_reference < least:

@@ -104,7 +104,7 @@ def left_cause(folder: Path, world: World) -> Iterator[None]:
     """Whatever fails inside leaves `failure.json`: whether the run `failed` or `diverged`, and why in one sentence."""
     try:
         yield
-    except (Interrupted, LeaseLost):  # no failure; and what is another's now is not written to
+    except (Interrupted, LeaseLost, Held):  # no failure; and what is another's now is not written to
         raise
     except Exception as error:
         known = isinstance(error, Diverged | ValueError)  # its message says it all

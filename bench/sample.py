@@ -42,7 +42,7 @@ class Samples(NamedTuple):
 
     images: Tensor  # (n, C, H, W) uint8
     labels: Tensor  # (n,) int64
-    images_per_second: float  # over all ranks; specialising and moving to uint8 included
+    images_per_second: float  # over all ranks; specialising, decoding and moving to uint8 included
     network_evaluations_per_sample: int  # guided ones count twice
     trajectory: Trajectory | None  # of the first ones; rank 0 has it
 
@@ -131,14 +131,18 @@ class Sampler:
         mine = [block for block in blocks if block % world.size == world.rank]
         size, count = self.evaluation.block_size, self.evaluation.num_samples
         film = Film(self.walk, min(NUM_IMAGES, size, count), self.pixels)
+        with world.together():
+            if self.decoder:
+                self.decoder.load(device)  # which takes seconds, but no part in sampling
         started = time.perf_counter()
         with world.together():
             own = dict(zip(mine, self._draw_blocks(method, mine, device, film.watch), strict=True))
         empty = torch.empty((size, *self.sample_shape), dtype=torch.uint8, device=device)
         shared = [world.share_block(own.get(block, empty.clone()), owner=block % world.size).cpu() for block in blocks]
-        trajectory = film.trajectory(own[0], self.labels(size)) if 0 in own else None
-        images = torch.cat(shared)[: count - blocks[0] * size]
-        return Round(images, time.perf_counter() - started, trajectory)
+        seconds = time.perf_counter() - started
+        with world.together():
+            trajectory = film.trajectory(own[0], self.labels(size)) if 0 in own else None
+        return Round(torch.cat(shared)[: count - blocks[0] * size], seconds, trajectory)
 
     @torch.no_grad()
     def _draw_blocks(

@@ -14,7 +14,7 @@ import shutil
 import struct
 import warnings
 from collections.abc import Iterable, Mapping
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +86,10 @@ def save(trainer: "Trainer") -> None:
     except CheckpointException as error:  # of whichever rank; on all
         raise OSError(errno.EIO, _first_failure(error), str(temporary)) from None
     with world.together():
-        own = _digests(temporary, world)
+        listed = _names(temporary)
+    names = sorted({*chain(*world.of_all(listed))})  # a folder on the network may show a rank an old list
+    with world.together():
+        own = _digests(temporary, names, world)
     digests = _merged(world.of_all(own))
     with world.together():
         if world.is_main:
@@ -224,7 +227,8 @@ def _counters_if_sound(path: Path, world: World) -> dict[str, Any] | None:
 def _found(path: Path, world: World) -> tuple[str, list[str], dict[str, str]]:
     """What this rank can read of a checkpoint: its record (as text, in which NaN is NaN), its files, the digests of a share."""
     try:
-        return read_text(path / "counters.json"), _names(path), _digests(path, world)
+        names = _names(path)
+        return read_text(path / "counters.json"), names, _digests(path, names, world)
     except (OSError, ValueError):
         return "", [], {}
 
@@ -233,9 +237,9 @@ def _names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("*.safetensors"))
 
 
-def _digests(folder: Path, world: World) -> dict[str, str]:
+def _digests(folder: Path, names: list[str], world: World) -> dict[str, str]:
     """File -> SHA-256 for this rank's share of the files."""
-    return {name: hash_file(folder / name) for name in _names(folder)[world.rank :: world.size]}
+    return {name: hash_file(folder / name) for name in names[world.rank :: world.size]}
 
 
 def _merged(of_ranks: Iterable[dict[str, str]]) -> dict[str, str]:

@@ -13,6 +13,7 @@ from bench.config import RunConfig
 from bench.data import DataSource
 from bench.distributed import World, local
 from bench.flops import Cost, measure
+from bench.lease import Held
 from bench.method import Method
 from bench.recompute import blocks_of
 from bench.sharded_start import draw_parts, make_empty
@@ -61,6 +62,16 @@ def cost_of(build: Build, data: DataSource) -> Cost:
     with torch.device("meta"):
         method = build()
     return measure(method, (data.channels, data.input_size, data.input_size))
+
+
+def restore(trainer: Trainer) -> None:
+    """What a trained run has come to, into a trainer that was not made in parts. Held if it was: another job has trained the
+    run since this one looked. All ranks call this.
+    """
+    if trainer.is_sharded:
+        assert trainer.folder is not None
+        raise Held(f"run {trainer.folder.name} was trained meanwhile by another job: start it again to score it")
+    trainer.restore()
 
 
 def gathered(trainer: Trainer, build: Build) -> Trainer:

@@ -1,16 +1,16 @@
 """What can still be done with a run that is trained? It can be scored under another protocol, and draw more images."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench import job
-from bench.config import RunConfig
-from bench.data import DataSource, load_data
+from bench.data import load_data
 from bench.distributed import World
 from bench.finish import REFERENCES, Finisher
-from bench.pixels import NOT_DRAWN, pixels_of
+from bench.pixels import check_drawn, pixels_of
 from bench.protocol import hashed_by_rank_0, protocol_of
 from bench.run_folder import locked
 from bench.runs import Run
@@ -25,33 +25,29 @@ def evaluate_again(folder: Path, overrides: list[str]) -> dict[str, Any]:
     if not job.is_trained(folder):
         raise ValueError(f"run {folder} is not trained to its end: go on with `tsbench train {folder}`")
     data = load_data(config.data)
-    pixels = hashed_by_rank_0(_pixels(config, data), World(), folder.parent / REFERENCES)
+    check_drawn(config.evaluation, data)
+    pixels = pixels_of(config.evaluation, data)
+    assert pixels is not None
+    pixels = hashed_by_rank_0(pixels, World(), folder.parent / REFERENCES)
     protocol = protocol_of(config.evaluation, pixels)
     sampler = make_sampler(config.diffusion, config.evaluation, config.model, data, config.system.compile_sampling)
-    _ = Run(folder).evaluations  # can be read and added to: found out before anything is computed
+    is_first = not Run(folder).evaluations  # they can be read and added to: found out before anything is computed
     with locked(folder):
         trainer = Trainer(job.build_method(config, data), config, data, folder, only_scored=True)
         trainer.restore()
         finisher = Finisher(trainer, sampler, protocol, pixels)
         with trainer.ema.applied():
             samples, record = finisher.score()
-        if not (folder / "samples.npz").exists():  # latents that are decoded for the first time
+        if is_first:  # of latents that nothing decoded before
             finisher.put_samples(samples)
         finisher.put_score(record)
+        shutil.rmtree(finisher.parts, ignore_errors=True)
         return record
 
 
 def draw_samples(folder: Path, overrides: list[str]) -> Samples:
     """Images from a trained run under changed `evaluation` settings."""
     config, data, method = job.load_trained(folder, overrides)
-    _pixels(config, data)
+    check_drawn(config.evaluation, data)
     sampler = make_sampler(config.diffusion, config.evaluation, config.model, data, config.system.compile_sampling)
     return sampler.draw(method, torch.device(config.system.device))
-
-
-def _pixels(config: RunConfig, data: DataSource) -> DataSource:
-    """What samples are compared with; ValueError for latents that nothing decodes."""
-    pixels = pixels_of(config.evaluation, data)
-    if pixels is None:
-        raise ValueError(NOT_DRAWN.format(name=data.name))
-    return pixels

@@ -23,7 +23,8 @@ TRACEBACK = "Traceback (most recent call last):\n"
 OF_SLURM = re.compile(r"^(srun|slurmstepd\S*|slurmd\S*): ")
 OF_RANK = re.compile(r"^\[rank\d+\]: ", re.MULTILINE)  # torch's mark on a traceback's lines
 # What a rank says when another one is gone (gloo has no exception of its own, nccl a DistBackendError) or has failed.
-OF_ANOTHER_RANK = re.compile(r"(\S+: )?(\[\S*gloo/|rank \d+ stops because another of )|(\w+\.)*Dist\w*Error: ")
+OF_ANOTHER_RANK = re.compile(r"(\S+: )?(\[\S*gloo/|rank \d+ stops because )|(\w+\.)*Dist\w*Error: ")
+PASSED_ON = re.compile(r"^rank \d+ stops because rank \d+ failed: ")  # before what the rank that failed first said
 LONGEST = 300  # characters of a line that the code said
 MOST_LINES = 3
 
@@ -130,6 +131,11 @@ def last_words(stderr_tail: str) -> str:
 def is_of_another_rank(said: str) -> bool:
     """Whether an exception says only that another rank of the job has failed or was ended."""
     return OF_ANOTHER_RANK.match(said) is not None
+
+
+def first_cause(said: str) -> str:
+    """What the rank that failed first has said, where another passes it on."""
+    return PASSED_ON.sub("", said, count=1)
 
 
 def _signal(number: int) -> str:

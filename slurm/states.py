@@ -19,7 +19,7 @@ from bench import lease
 from bench.files import read_json
 from bench.runs import SPENT, Run, expert_folders
 from slurm import queue
-from slurm.cause import is_of_another_rank, last_lines, last_words, since_last_start
+from slurm.cause import first_cause, is_of_another_rank, last_lines, last_words, since_last_start
 from slurm.claims import Claim, Work, read_claim
 from slurm.submit import output_of
 from slurm.task import was_preempted
@@ -172,7 +172,7 @@ def work_status(work: Work, known: Known) -> Status:
 def failure_in(folder: Path) -> Status | None:
     """What the code itself has left as the cause; what tells only of another rank's end is none: the job's end tells more."""
     failure = read_json(folder / "failure.json", dict)
-    if not failure or is_of_another_rank(str(failure["cause"])):
+    if not failure or is_of_another_rank(first_cause(str(failure["cause"]))):
         return None
     kind = "diverged" if failure["state"] == "diverged" else "code"
     return Status(str(failure["state"]), str(failure["cause"]), kind=kind)
@@ -181,7 +181,7 @@ def failure_in(folder: Path) -> Status | None:
 def _with_lines(failure: Status, claim: Claim) -> Status:
     """With what the last job wrote last, if it tells of this failure, and not a process without a job."""
     lines = tuple(last_lines(_last_errors(claim.job, claim.logs))) if claim.job and failure.kind == "code" else ()
-    is_told = lines and failure.detail.partition("\n")[0][:100] in lines[-1]
+    is_told = lines and first_cause(failure.detail).partition("\n")[0][:100] in lines[-1]
     return replace(failure, lines=lines) if is_told else failure
 
 

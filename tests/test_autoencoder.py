@@ -14,7 +14,18 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bench.autoencoder import CONFIG, TOGETHER, WEIGHTS, Autoencoder, Layout, load_autoencoder, read_layout
+from bench import autoencoder as module
+from bench.autoencoder import (
+    CONFIG,
+    TOGETHER,
+    WEIGHTS,
+    Autoencoder,
+    Layout,
+    check_loadable,
+    digest_of,
+    load_autoencoder,
+    read_layout,
+)
 
 CPU = torch.device("cpu")
 COUNT = 2 * TOGETHER + 3
@@ -126,9 +137,55 @@ def test_attention_weights_by_the_names_of_older_files_are_the_same(folder: Path
         renamed[name] = weight
     assert sum(".attentions.0.key." in name for name in renamed) == 4
     save_file(renamed, folder / WEIGHTS)
+    check_loadable(read_layout(folder))
     after = load(folder)
     latents = before.encode(X, NOISE)
     assert torch.equal(after.encode(X, NOISE), latents) and torch.equal(after.decode(latents), before.decode(latents))
+
+
+def other_weights(folder: Path, bias: float) -> None:
+    weights = load_file(folder / WEIGHTS)
+    save_file({**weights, BIAS: weights[BIAS] + bias}, folder / WEIGHTS)
+
+
+def test_the_digest_is_of_what_is_in_both_files(folder: Path, tmp_path: Path) -> None:
+    first = digest_of(read_layout(folder))
+    assert len(first) == 64 and set(first) <= set("0123456789abcdef")
+    assert digest_of(read_layout(write_autoencoder(tmp_path / "copy"))) == first
+    other_weights(folder, 1.0)
+    second = digest_of(read_layout(folder))
+    with_config(_name_or_path="elsewhere")(folder)
+    assert len({first, second, digest_of(read_layout(folder))}) == 3
+
+
+def test_weights_that_were_replaced_are_loaded_again(folder: Path) -> None:
+    """Scores stand under the digest of the weights that are there."""
+    layout = read_layout(folder)
+    before = load_autoencoder(layout, CPU).decode(NOISE)
+    other_weights(folder, 1.0)
+    after = load_autoencoder(layout, CPU).decode(NOISE)
+    assert torch.equal(after, load(folder).decode(NOISE)) and not torch.equal(after, before)
+
+
+def test_what_can_be_loaded_is_checked_once_and_without_its_numbers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout, loaded, own, own_import = read_layout(folder), [], module._load, module._import_autoencoder
+    monkeypatch.setattr(module, "_load", lambda *arguments: loaded.append(own(*arguments)))
+
+    def import_autoencoder() -> type:
+        assert not torch.empty(0).is_meta, "what diffusers makes when it is imported must have numbers"
+        return own_import()
+
+    monkeypatch.setattr(module, "_import_autoencoder", import_autoencoder)
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    for _ in range(3):
+        check_loadable(layout)
+    assert len(loaded) == 1 and all(tensor.is_meta for tensor in loaded[0].state_dict().values())
+    assert torch.equal(torch.rand(3), expected)
+    other_weights(folder, 1.0)
+    check_loadable(layout)
+    assert len(loaded) == 2
 
 
 # What is refused
@@ -183,11 +240,15 @@ def test_what_is_no_such_autoencoder_is_refused_in_one_sentence(
     damage(folder)
     with pytest.raises(ValueError, match=rf"^[^\n]*{message}[^\n]*stabilityai/sd-vae-ft-ema$") as refused:
         load(folder)
+    with pytest.raises(ValueError) as refused_before:
+        check_loadable(read_layout(folder))
+    assert str(refused_before.value) == str(refused.value)
     assert len(str(refused.value)) < 800 and capfd.readouterr() == ("", "")
 
 
-def test_without_diffusers_it_is_said_how_to_install_it(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    layout = read_layout(tiny)
+def test_without_diffusers_it_is_said_how_to_install_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = read_layout(folder)
     monkeypatch.setitem(sys.modules, "diffusers.models.autoencoders.autoencoder_kl", None)
-    with pytest.raises(ValueError, match=r"^latents need diffusers [^\n]*pip install 'timestep-bench\[latents\]'`$"):
-        Autoencoder(layout, CPU)
+    for refuse in (lambda: Autoencoder(layout, CPU), lambda: check_loadable(layout)):
+        with pytest.raises(ValueError, match=r"^latents need diffusers [^\n]*pip install 'timestep-bench\[latents\]'`$"):
+            refuse()

@@ -1,21 +1,23 @@
 """Are runs on latents drawn, scored and shown as the images that an autoencoder makes of them?"""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from autoencoders import SCALING, write_autoencoder
 from command import TINY, Outcome, assert_refused, train, tsbench
 from test_fidelity import random_inception
 
 from bench import adm, job
-from bench.autoencoder import load_autoencoder, read_layout
+from bench.autoencoder import digest_of, load_autoencoder, read_layout
 from bench.config import DataConfig, EvaluationConfig
 from bench.data import DataSource, load_data, to_uint8
 from bench.data.packed import pack
-from bench.evaluate import METRICS, protocol_of, score
+from bench.evaluate import METRICS, protocol_of, why_no_floor
 from bench.files import read_json, write_json_atomically
 from bench.pixels import decoder_of, pixels_of
 from bench.runs import read_run
@@ -34,18 +36,20 @@ def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Of latents in digits' classes."""
+    """Of latents that could be those of digits."""
     root = tmp_path_factory.mktemp("data") / "latents"
-    write_latents(root, num_classes=10)
+    digits = load_data(DataConfig())
+    write_latents(root, digits.train.labels.numpy(), digits.heldout.labels.numpy())
     return ["data.name=latents", f"data.path={root}"]
 
 
-def write_latents(root: Path, num_classes: int, size: int = 4) -> None:
+def write_latents(root: Path, train: np.ndarray, heldout: np.ndarray) -> None:
+    """4x4 in four channels, of these labels."""
     root.mkdir()
     draw = np.random.default_rng(0)
-    for part, count in (("train", 40), ("heldout", 20)):
-        np.save(root / f"{part}_latents.npy", draw.normal(size=(count, 4, size, size)).astype(np.float16))
-        np.save(root / f"{part}_labels.npy", np.arange(count) % num_classes)
+    for part, labels in (("train", train), ("heldout", heldout)):
+        np.save(root / f"{part}_latents.npy", draw.normal(size=(len(labels), 4, 4, 4)).astype(np.float16))
+        np.save(root / f"{part}_labels.npy", labels)
     write_json_atomically(root / "meta.json", {"scaling": SCALING})
 
 
@@ -64,7 +68,10 @@ def test_a_run_is_scored_on_decoded_samples(folder: Path, autoencoder: Path, set
     digits = load_data(DataConfig())
     protocol = record["protocol"]
     assert (protocol["data"], protocol["data_sha256"]) == ("digits", digits.content_hash)
-    assert protocol["decoder"].startswith("AutoencoderKL ") and protocol["decoder"].endswith(" scaling 0.5")
+    latents = load_data(job.make_config({}, settings).data)
+    words = protocol["decoder"].split()
+    assert words[:3] == ["diffusers", metadata.version("diffusers"), "AutoencoderKL"]
+    assert words[3:] == [digest_of(read_layout(autoencoder)), "scaling", "0.5", "of", "latents", latents.content_hash]
     assert str(autoencoder) not in str(protocol)
 
     config, data, method = job.load_trained(folder)
@@ -108,6 +115,16 @@ def test_one_that_ended_without_scores_is_scored_afterwards(
     assert tsbench("sample", later, "--out", tmp_path / "drawn.png", *scoring(autoencoder)).code == 0
 
 
+def test_what_was_drawn_under_other_settings_does_not_take_the_place_of_a_runs_own(
+    settings: list[str], autoencoder: Path, tmp_path: Path
+) -> None:
+    folder = train(tmp_path, *settings, *scoring(autoencoder))
+    (folder / "samples.npz").unlink()
+    assert tsbench("evaluate", folder, "evaluation.steps=4", "evaluation.block_size=1").code == 0
+    assert len(read_run(folder).evaluations) == 2
+    assert not (folder / "samples.npz").exists() and not (folder / "parts").exists()
+
+
 def test_streamed_samples_have_the_same_scores(folder: Path, settings: list[str], autoencoder: Path, tmp_path: Path) -> None:
     streamed = train(tmp_path, *settings, *scoring(autoencoder), "system.keep_samples=10")
     assert read_run(streamed).evaluations[0]["metrics"] == read_run(folder).evaluations[0]["metrics"]
@@ -120,6 +137,34 @@ def test_tables_and_figures_show_decoded_images(folder: Path) -> None:
     figures = folder.parent / "figures"
     assert (figures / "samples.png").exists()
     assert "Latents, decoded." in read_json(figures / "captions.json", dict)["trajectories"]
+
+
+def test_a_suite_that_names_no_autoencoder_has_tables_of_runs_scored_afterwards(
+    settings: list[str], autoencoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = yaml.safe_load(job.make_config({}, [*TINY, *settings]).to_yaml())
+    Path("mine.yaml").write_text(yaml.safe_dump({"name": "mine", "base": base, "methods": [{"method": "dense"}]}))
+    assert tsbench("sweep", "mine.yaml", "--cluster", "inline").code == 0
+    (run,) = Path("results/runs").glob("dense-*")
+    assert tsbench("evaluate", run, *scoring(autoencoder)).code == 0
+    for command in ("tables", "plots", "collect"):
+        outcome = tsbench(command, "mine.yaml")
+        assert outcome.code == 0 and "no floor: the suite's data are latents" in outcome.err, outcome
+    assert_refused(tsbench("demo", "--out", "out", *TINY, *settings), "holds latents", "evaluation.autoencoder")
+
+
+def test_the_floor_of_decoded_samples_says_that_it_was_not_decoded(
+    settings: list[str], autoencoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = yaml.safe_load(job.make_config({}, [*TINY, *settings, *scoring(autoencoder)]).to_yaml())
+    Path("mine.yaml").write_text(yaml.safe_dump({"name": "mine", "base": base, "methods": [{"method": "dense"}]}))
+    assert tsbench("sweep", "mine.yaml", "--cluster", "inline").code == 0
+    outcome = tsbench("tables", "mine.yaml")
+    assert outcome.code == 0, outcome.err
+    table = Path("results/mine/table.md").read_text()
+    assert "| Real data |" in table and "They are not decoded" in table
 
 
 def test_images_may_be_packed(settings: list[str], autoencoder: Path, tmp_path: Path) -> None:
@@ -143,7 +188,7 @@ def test_with_a_reference_file_alone_what_needs_the_images_is_left_out(tmp_path:
     draw = np.random.default_rng(1)
     images = draw.integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
     np.savez(reference, mu=np.zeros(2048), sigma=np.eye(2048), arr_0=images)
-    write_latents(tmp_path / "latents", num_classes=3)
+    write_latents(tmp_path / "latents", np.arange(40) % 3, np.arange(20) % 3)
     data = load_data(DataConfig("latents", str(tmp_path / "latents")))
     given = EvaluationConfig(
         extractor="inception",
@@ -156,11 +201,20 @@ def test_with_a_reference_file_alone_what_needs_the_images_is_left_out(tmp_path:
     pixels = pixels_of(given, data)
     assert pixels is not None
     protocol = protocol_of(given, pixels)
-    assert (protocol.data, protocol.reference) == ("none", "adm") and protocol.decoder.startswith("AutoencoderKL ")
-    samples = torch.from_numpy(images[:10]).permute(0, 3, 1, 2).contiguous()
-    scores = score(samples, torch.arange(10) % 3, protocol, pixels)
-    assert scores.keys() == {*METRICS, "n"} - {"fid_heldout", "nearest_neighbour"}
-    assert scores["precision"] == 1  # they are the reference's own images
+    assert (protocol.data, protocol.reference) == ("none", "adm") and " AutoencoderKL " in protocol.decoder
+    assert why_no_floor(protocol, pixels).startswith("there are no images to compute a floor from")
+
+    scoring = (
+        f"evaluation.{name}={value}" for name, value in asdict(given).items() if value != getattr(EvaluationConfig(), name)
+    )
+    latents = ("data.name=latents", f"data.path={tmp_path / 'latents'}")
+    folder = train(tmp_path / "runs", *latents, *scoring, "evaluation.block_size=10")
+    (record,) = read_run(folder).evaluations
+    assert record["metrics"].keys() == {*METRICS, "n"} - {"fid_heldout", "nearest_neighbour"}
+    assert record["protocol"]["reference_sha256"] == protocol.reference_sha256
+    outcome = tsbench("tables", folder.parent)
+    missing = "Missing (–): dense: FID (held-out), Class accuracy, Nearest-neighbour distance."
+    assert outcome.code == 0 and missing in outcome.out, outcome
     without = replace(given, reference="")
     with pytest.raises(ValueError, match=r"no images to compare samples with: set evaluation\.images, or evaluation\.reference"):
         protocol_of(without, pixels_of(without, data) or data)
@@ -196,5 +250,15 @@ def test_what_does_not_fit_is_refused_in_one_sentence(settings: list[str], autoe
     wide = write_autoencoder(tmp_path / "wide", channels=1, latent_channels=8)
     assert_refused(refused(*settings, *scoring(wide)), "8 channels", "have 4", "encoded with")
     large = write_autoencoder(tmp_path / "large", channels=1, levels=3)
-    assert_refused(refused(*settings, *scoring(large)), "images of 1x8x8 in 10 classes", "1x16x16 in 10")
-    assert_refused(refused(*settings, *scoring(autoencoder, tmp_path / "none")), "there is no folder")
+    assert_refused(refused(*settings, *scoring(large)), "images of 1x8x8", "decoded to 1x16x16")
+    assert_refused(refused(*settings, *scoring(autoencoder, tmp_path / "none")), "evaluation.images is", "there is no folder")
+    alone = refused(*settings, f"evaluation.autoencoder={autoencoder}")
+    assert_refused(alone, "no images to compare samples with: set evaluation.images")
+    write_latents(tmp_path / "others", np.arange(1297) % 10, np.arange(500) % 10)
+    others = ["data.name=latents", f"data.path={tmp_path / 'others'}"]
+    assert_refused(refused(*others, *scoring(autoencoder)), "train part", "encoded from")
+    damaged = write_autoencoder(tmp_path / "damaged", channels=1)
+    weights = damaged / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert_refused(refused(*settings, *scoring(damaged)), "cannot be loaded")  # and nothing was trained for it
+    assert not Path("nowhere").exists()

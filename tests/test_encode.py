@@ -15,7 +15,7 @@ from encoding import NUM_HELDOUT, NUM_TRAIN, command
 from safetensors.torch import load_file, save_file
 from training import tiny_config
 
-from bench.autoencoder import WEIGHTS, Autoencoder, read_layout
+from bench.autoencoder import WEIGHTS, Autoencoder, digest_of, read_layout
 from bench.config import DataConfig
 from bench.data import encode as encoding
 from bench.data import load_data
@@ -48,7 +48,7 @@ def test_latents_are_draws_and_mirrored_ones_are_those_of_mirrored_images(
     assert np.load(latents / "train_labels.npy").tolist() == y.tolist()
 
 
-def test_they_are_read_back_in_the_order_of_the_images_and_scaled(images: DataConfig, latents: Path) -> None:
+def test_they_are_read_back_in_the_order_of_the_images_and_scaled(images: DataConfig, autoencoder: Path, latents: Path) -> None:
     pixels, data = load_data(images), load_data(DataConfig(name="latents", path=str(latents), flip=True))
     assert (data.num_classes, data.channels, data.input_size, data.pixels, data.scaling) == (3, 4, 8, False, SCALING)
     for part in ("train", "heldout"):
@@ -56,8 +56,16 @@ def test_they_are_read_back_in_the_order_of_the_images_and_scaled(images: DataCo
         stored = torch.from_numpy(np.load(latents / f"{part}_latents.npy")).float()
         x, y = own.batch(torch.arange(len(of_pixels)))
         assert torch.equal(x, SCALING * stored) and torch.equal(y, of_pixels.labels)
-    meta = json.loads((latents / "meta.json").read_text())
-    assert meta.keys() == {"scaling", "source"} and "16x16" in meta["source"] and images.path in meta["source"]
+    digest = digest_of(read_layout(autoencoder))  # as in the protocol of those that are decoded by it
+    source = f"folder {images.path}, 16x16 pixels, by AutoencoderKL {digest}"
+    assert json.loads((latents / "meta.json").read_text()) == {"scaling": SCALING, "source": source}
+
+
+def test_images_without_a_folder_are_named(tmp_path: Path) -> None:
+    gray = write_autoencoder(tmp_path / "gray", channels=1)
+    assert tsbench("encode", "--autoencoder", gray, "--out", tmp_path / "out").code == 0
+    source = json.loads((tmp_path / "out" / "meta.json").read_text())["source"]
+    assert source == f"digits, 8x8 pixels, by AutoencoderKL {digest_of(read_layout(gray))}"
 
 
 def test_training_draws_flipped_rows_from_mirrored_latents(latents: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,6 +118,27 @@ def test_interrupted_while_names_are_given_it_goes_on(
     assert contents(tmp_path) == contents(latents)
 
 
+def test_interrupted_when_all_is_done_it_ends_well(
+    images: DataConfig, autoencoder: Path, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Path.unlink
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.name == RECORD:
+            raise Killed
+        own(path, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", unlink)
+        with pytest.raises(Killed):
+            encode(images, load_data(images), read_layout(autoencoder), tmp_path, CPU, mirrored=True)
+    assert contents(tmp_path).keys() == {*contents(latents), RECORD}
+    assert_refused(tsbench(*command(images, autoencoder, tmp_path)), "made of something else (mirrored)")
+    outcome = tsbench(*command(images, autoencoder, tmp_path, "--mirrored"))
+    assert outcome.code == 0, outcome.err
+    assert contents(tmp_path) == contents(latents)
+
+
 @pytest.fixture
 def begun(images: DataConfig, autoencoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Of mirrored latents too, with four of five batches encoded."""
@@ -134,6 +156,10 @@ def copy_of(images: DataConfig, folder: Path) -> DataConfig:
     return replace(images, path=str(folder / "images"))
 
 
+def changed(record: dict[str, Any], key: str, value: object) -> dict[str, Any]:
+    return {**record, "made_of": {**record["made_of"], key: value}}
+
+
 def test_others_than_those_that_were_begun_are_refused(
     begun: Path, images: DataConfig, autoencoder: Path, tmp_path: Path
 ) -> None:
@@ -144,9 +170,14 @@ def test_others_than_those_that_were_begun_are_refused(
     assert_refused(tsbench(*command(copy_of(images, tmp_path), autoencoder, begun, "--mirrored")), "something else (data)")
     assert contents(begun) == before
     record = (begun / RECORD).read_text()
-    (begun / RECORD).write_text(record.replace('"cpu"', '"cuda"'))  # which rounds otherwise
-    assert_refused(tsbench(*command(images, autoencoder, begun, "--mirrored")), "something else (device)")
+    others = {"device": "cuda", "read_together": 16, "torch": "2.0.0", "diffusers": "0.1.0"}  # which round otherwise, or count
+    for key, value in others.items():
+        (begun / RECORD).write_text(json.dumps(changed(json.loads(record), key, value)))
+        assert_refused(tsbench(*command(images, autoencoder, begun, "--mirrored")), f"something else ({key})")
     (begun / RECORD).write_text(record)
+    (begun / "train_latents.npy").write_text("mine")
+    assert_refused(tsbench(*command(images, autoencoder, begun, "--mirrored")), "train_latents.npy exists already")
+    (begun / "train_latents.npy").unlink()
     assert tsbench(*command(images, autoencoder, begun, "--mirrored")).code == 0
 
 

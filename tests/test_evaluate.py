@@ -192,7 +192,7 @@ def test_every_sampling_option_reaches_the_protocol(protocol: EvalProtocol, data
         ({"num_samples": 9, "kid_subset_size": 5}, "num_samples is 9, but the metrics need 10"),
         ({"num_samples": 1298, "kid_subset_size": 1298}, "there are 1297 images to compare samples with"),
         ({"eta": 0.5}, "only the ddim sampler has"),
-        ({"extractor": "inception"}, "needs 3 channels, but digits has 1"),
+        ({"extractor": "inception"}, "needs images of 3 channels, but here they have 1"),
         ({"extractor_weights": "file.pth"}, "leave it empty"),
         ({"reference": "missing.npz"}, "there is no file missing.npz"),
     ],

@@ -1,16 +1,22 @@
 """Does image i depend on (seed, i) alone, whoever draws it, and is one specialised expert alive at a time?"""
 
+import dataclasses
 import gc
 import itertools
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
+from autoencoders import write_autoencoder
 from sampling import CPU, sampler_and_method
 from training import RUNS
 
+import bench.autoencoder
 import bench.sample
+from bench.autoencoder import read_layout
 from bench.distributed import World
+from bench.pixels import Decoder
 from bench.sample import Sampler
 
 
@@ -149,6 +155,41 @@ def test_what_is_drawn_is_kept_and_found_again_and_changes_no_image(monkeypatch,
     rest = sampler.draw(method, CPU, parts=tmp_path)
     assert torch.equal(rest.images[:16], whole.images[:16]) and not torch.equal(rest.images[16:], whole.images[16:])
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_the_seconds_of_sampling_are_those_of_drawing_and_decoding_the_images_alone(monkeypatch):
+    """By a clock on which only the decoder takes time."""
+    now, loaded = [0.0], []
+
+    class Slow:
+        def load(self, device):
+            now[0] += 0 if loaded else 100
+            loaded.append(device)
+
+        def __call__(self, x):
+            self.load(x.device)
+            now[0] += 2
+            return x
+
+        def shape_of(self, latent):
+            return latent
+
+    monkeypatch.setattr(bench.sample, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    sampler, method = sampler_and_method("dense")
+    samples = dataclasses.replace(sampler, decoder=Slow()).draw(method, CPU)
+    assert len(samples.images) / samples.images_per_second == pytest.approx(3 * 2)  # seconds, of three blocks
+    assert now[0] == 100 + 3 * 2 + 2 * 5 * 2  # and of what a trajectory shows before its end
+
+
+def test_a_decoder_that_is_loaded_is_not_loaded_again(monkeypatch, tmp_path):
+    """Also for a device that tensors call by another name."""
+    loaded, load = [], bench.autoencoder.Autoencoder
+    monkeypatch.setattr(bench.autoencoder, "Autoencoder", lambda *given: loaded.append(given) or load(*given))
+    decoder = Decoder(read_layout(write_autoencoder(tmp_path / "autoencoder")), 1.0)
+    decoder.load(torch.device("cpu", 0))
+    assert len(loaded) == 1
+    decoder(torch.zeros(1, 4, 2, 2))
+    assert len(loaded) == 1
 
 
 def test_rounds_hold_whole_batches_of_features_and_change_no_image():

@@ -88,7 +88,7 @@ def test_what_the_run_says_itself_counts_more_than_how_its_job_ended(state: str,
 
 
 GLOO = "[/x/gloo/gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:55521: Connection reset by peer."
-STOPS = "rank 0 stops because another of the 4 ranks failed: see its message"
+STOPS = "rank 0 stops because rank 2 failed: "
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ STOPS = "rank 0 stops because another of the 4 ranks failed: see its message"
     [
         (f"RuntimeError: {GLOO}", f"RuntimeError: {GLOO}"),
         ("DistBackendError: NCCL error in: x.cpp", "torch.distributed.DistBackendError: NCCL error in: x.cpp"),
-        (STOPS, f"ValueError: {STOPS}"),
+        (f"{STOPS}RuntimeError: {GLOO}", f"ValueError: {STOPS}RuntimeError: {GLOO}"),
     ],
     ids=["gloo", "nccl", "together"],
 )
@@ -111,6 +111,17 @@ def test_what_tells_only_of_another_rank_is_no_cause(cause: str, raised: str, fo
         (folder / f"12_3_{rank}_log.err").write_text("\n".join(lines) + "\n")
     told = status(folder, Known({}, ended("FAILED")))
     assert told.kind == "code" and told.detail == "job 12_3 failed with exit code 1: bench.Damaged: no such image"
+
+
+def test_what_the_first_rank_to_fail_has_said_is_the_cause_and_the_lines_are_its_own(folder: Path) -> None:
+    said = f"{STOPS}no such image"
+    write_json_atomically(folder / "failure.json", {"state": "failed", "cause": said})
+    assert status(folder, Known({}, ended("FAILED"))) == Status("failed", said, kind="code")
+    for rank, raised in enumerate([said, said.replace("rank 0", "rank 1"), "no such image", said.replace("rank 0", "rank 3")]):
+        errors = (TRACEBACK, f"  File {rank}", f"ValueError: {raised}")
+        (folder / f"12_3_{rank}_log.err").write_text("".join(f"[rank{rank}]: {line}\n" for line in errors))
+    told = status(folder, Known({}, ended("FAILED")))
+    assert told.detail == said and told.lines == ("  File 2", "ValueError: no such image")
 
 
 def test_a_job_that_is_being_submitted_and_one_whose_launcher_died(folder: Path) -> None:

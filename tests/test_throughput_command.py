@@ -155,6 +155,19 @@ def test_bars_are_images_per_second_with_quartiles():
     assert "a device" in drawn.figure.get_suptitle()
 
 
+def test_plain_code_stands_beside_ours_where_that_is_compiled_and_whiskers_lie_on_their_bars():
+    ours = [row(name, "ours", 0.5, compile="blocks") for name in ("one", "other")]
+    frame = frame_of([*ours, row("one", "naive", 1.0), row("other", "naive", 1.0)], {"device": "a device"})
+    with style.settings():
+        (drawn,) = speed(frame, "cpu")
+    (axes,) = drawn.figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == [f"{name} {SIZE} batch 4 fp32" for name in ("one", "other")]
+    assert "ours compiled: blocks" in drawn.figure.get_suptitle()
+    middles = sorted(patch.get_y() + patch.get_height() / 2 for patch in axes.patches if patch.get_width() > 0)
+    places = sorted(line.get_ydata()[0] for line in axes.lines if len(line.get_xdata()) == 2)
+    assert len(places) == 4 and np.allclose(middles[-4:], places)
+
+
 def test_a_baseline_is_drawn_once():
     frame = frame_of(
         [

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.autoencoder import CONFIG, TOGETHER, WEIGHTS, Autoencoder, Layout
+from bench.autoencoder import TOGETHER, Autoencoder, Layout, digest_of
 from bench.config import DataConfig
 from bench.data import DataSource, ImageSet
 from bench.data.packed import make_array
-from bench.data.source import hash_file, open_array
+from bench.data.source import open_array
 from bench.files import make_folder, read_json, write_bytes_atomically, write_json_atomically
 from bench.randomness import generator
 
@@ -68,8 +69,9 @@ def encode(
         arrays = {name: _open(folder, name, shape) for name, shape in shapes.items()}
         record = {"made_of": made_of, "batches_encoded": num_done}
         _encode_all(autoencoder, parts, batches, arrays, folder, record, told)
-    images = f"{config.name} {config.path}, {data.input_size}x{data.input_size} pixels"
-    source = f"{images}, by AutoencoderKL {made_of['autoencoder'][:12]}"
+    images = f"{config.name} {config.path}".rstrip()  # digits have no path
+    size = f"{data.input_size}x{data.input_size} pixels"
+    source = f"{images}, {size}, by AutoencoderKL {made_of['autoencoder']}"  # which protocols name in the same way
     _finish(folder, list(shapes), parts, {"scaling": layout.scaling, "source": source})
 
 
@@ -95,10 +97,12 @@ def _check(config: DataConfig, data: DataSource, layout: Layout, folder: Path) -
 def _ingredients(data: DataSource, layout: Layout, device: torch.device, mirrored: bool) -> dict[str, Any]:
     """All that decides about the bytes. Of images in files, which may be millions, only paths, sizes and times of change."""
     return {
-        "autoencoder": " ".join(hash_file(layout.folder / name) for name in (WEIGHTS, CONFIG)),
+        "autoencoder": digest_of(layout),
         "data": data.stamp().key if data.stamp else data.content_hash,
         "mirrored": mirrored,
         "device": device.type,
+        "read_together": READ_TOGETHER,  # what the batches that are counted have
+        **{library: metadata.version(library) for library in ("torch", "diffusers")},
     }
 
 
@@ -106,7 +110,9 @@ def _begin(folder: Path, shapes: Mapping[str, tuple[int, ...]], made_of: dict[st
     """How many batches are encoded already; if there is no record of any, the arrays are made."""
     begun = read_json(folder / RECORD, dict)
     latents = [f"{name}_latents.npy" for name in (*PARTS, MIRRORED)]
-    names = latents[:1] if begun else [*latents, *(f"{part}_labels.npy" for part in PARTS), "meta.json"]
+    names = [*latents, *(f"{part}_labels.npy" for part in PARTS), "meta.json"]
+    if begun:  # the others are its own, and so are these if they do not wait for their name any more
+        names = latents[:1] if _partial(folder, "train").exists() else []
     there = [name for name in names if (folder / name).exists()]
     if there:
         raise ValueError(f"{folder / there[0]} exists already: choose another folder, or delete it")

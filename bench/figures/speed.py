@@ -20,7 +20,10 @@ def speed(frame: pd.DataFrame, name: str) -> list[Drawn]:
     timed = _once(frame[frame["step_seconds"].notna()].fillna({"beside": "", "method": ""}))
     if timed.empty:
         return []
-    data = timed.assign(contestant=[_contestant(row) for _, row in timed.iterrows()])
+    alike = (
+        timed.loc[timed["code"] == "ours", "compile"].nunique() < 2
+    )  # then plain code stands beside ours, and the title says it
+    data = timed.assign(contestant=[_contestant(row, alike) for _, row in timed.iterrows()])
     return [_parts(data, name)] if (data["method"] == "").all() else [_methods(data, name)]
 
 
@@ -42,7 +45,9 @@ def _methods(data: pd.DataFrame, name: str) -> Drawn:
         axes.set_title(kind)
         axes.set_xlabel("images/s")
         _dress(axes, rows)
-    figure.suptitle(f"Throughput on {data['device'].iloc[0]}")
+    how = set(data.loc[data["code"] == "ours", "compile"])
+    compiled = f", ours compiled: {how.pop()}" if len(how) == 1 and how != {"none"} else ""
+    figure.suptitle(f"Throughput on {data['device'].iloc[0]}{compiled}")
     return Drawn(name, figure, None)
 
 
@@ -62,7 +67,8 @@ def _parts(data: pd.DataFrame, name: str) -> Drawn:
 
 def _bars(axes: Axes, data: pd.DataFrame, rows: list[str], column: str) -> None:
     codes = [code for code in LOOKS if code in set(data["code"])]
-    sns.barplot(data, y="contestant", x=column, order=rows, hue="code", hue_order=codes, palette=LOOKS, errorbar=None, ax=axes)
+    looks = {"hue": "code", "hue_order": codes, "palette": LOOKS, "dodge": True, "errorbar": None}
+    sns.barplot(data, y="contestant", x=column, order=rows, ax=axes, **looks)
     height = 0.8 / len(codes)
     for _, row in data.iterrows():
         place = rows.index(row["contestant"]) + (codes.index(row["code"]) - (len(codes) - 1) / 2) * height
@@ -94,7 +100,7 @@ def _written(value: float) -> str:
     return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 
-def _contestant(row: Any) -> str:
-    compiled = "" if row["compile"] == "none" else f"compiled: {row['compile']}"
+def _contestant(row: Any, alike: bool) -> str:
+    compiled = "" if alike or row["compile"] == "none" else f"compiled: {row['compile']}"
     words = (row["method"], row["size"], f"batch {row['batch_size']}", row["precision"], compiled)
     return " ".join(str(word) for word in words if word)

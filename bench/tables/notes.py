@@ -48,6 +48,7 @@ def describe(
     if (frame["run"] == FLOOR).any():
         notes.append(
             "Real data: real images scored against real images, same extractor and n; what a perfect model would get. Not ranked."
+            + (" They are not decoded: what the autoencoder itself loses is not in it." if _are_decoded(runs) else "")
         )
     if (runs["metric"] == "kid").any():
         notes.append("KID in units of 10⁻³: an unbiased estimate, so below 0 where two sets are as alike as two real ones.")
@@ -78,6 +79,11 @@ def _protocols(frame: pd.DataFrame) -> list[str]:
     """A note for each protocol: there is one, unless several were allowed."""
     scored = frame[(frame["protocol_hash"] != "") & (frame["run"] != FLOOR)]
     return [_protocol(str(protocol_hash), rows) for protocol_hash, rows in scored.groupby("protocol_hash")]
+
+
+def _are_decoded(runs: pd.DataFrame) -> bool:
+    protocols = runs.loc[runs["protocol_hash"] != "", "protocol"].unique()
+    return any(json.loads(protocol).get("decoder", "none") != "none" for protocol in protocols)
 
 
 def _protocol(protocol_hash: str, scored: pd.DataFrame) -> str:
