@@ -12,7 +12,7 @@ from bench.config import RunConfig
 from bench.data import load_data
 from bench.evaluate import EvalProtocol, floor_scores, protocol_of, why_no_floor
 from bench.files import make_folder, read_json, write_json_atomically
-from bench.pixels import check_drawn, pixels_of
+from bench.pixels import pixels_needed, pixels_of
 from bench.run_folder import clear, locked
 from bench.suite import suite_configs
 from bench.watch import Watch
@@ -41,11 +41,8 @@ def make_plan(suite: dict[str, Any], out: Path, overrides: list[str]) -> Plan:
     """ValueError in one sentence if a run of the suite is not possible."""
     configs = suite_configs(suite, overrides, job.make_config)
     step_flops = tuple(job.check(config).train_flops(config.train.batch_size) for config in configs)
-    evaluation, data = configs[0].evaluation, load_data(configs[0].data)
-    check_drawn(evaluation, data)
-    pixels = pixels_of(evaluation, data)
-    assert pixels is not None
-    return Plan(out, tuple(configs), step_flops, protocol_of(evaluation, pixels))
+    evaluation = configs[0].evaluation
+    return Plan(out, tuple(configs), step_flops, protocol_of(evaluation, pixels_needed(evaluation, load_data(configs[0].data))))
 
 
 def run_plan(plan: Plan, workers: int, console: Console) -> dict[str, str]:

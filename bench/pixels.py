@@ -93,6 +93,14 @@ def pixels_of(config: EvaluationConfig, data: DataSource) -> DataSource | None:
     return replace(images, decoder=decoder.describe, decoded=data)
 
 
+def pixels_needed(config: EvaluationConfig, data: DataSource) -> DataSource:
+    """As `pixels_of`; ValueError for latents that nothing decodes."""
+    check_drawn(config, data)
+    pixels = pixels_of(config, data)
+    assert pixels is not None
+    return pixels
+
+
 def _images(given: str, size: int) -> DataSource:
     """The data set by its name, what `tsbench pack` has written, or a folder of images."""
     is_packed = (Path(given) / "train_images.npy").exists()

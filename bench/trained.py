@@ -10,7 +10,7 @@ from bench import job
 from bench.data import load_data
 from bench.distributed import World
 from bench.finish import REFERENCES, Finisher
-from bench.pixels import check_drawn, pixels_of
+from bench.pixels import check_drawn, pixels_needed
 from bench.protocol import hashed_by_rank_0, protocol_of
 from bench.run_folder import locked
 from bench.runs import Run
@@ -25,10 +25,7 @@ def evaluate_again(folder: Path, overrides: list[str]) -> dict[str, Any]:
     if not job.is_trained(folder):
         raise ValueError(f"run {folder} is not trained to its end: go on with `tsbench train {folder}`")
     data = load_data(config.data)
-    check_drawn(config.evaluation, data)
-    pixels = pixels_of(config.evaluation, data)
-    assert pixels is not None
-    pixels = hashed_by_rank_0(pixels, World(), folder.parent / REFERENCES)
+    pixels = hashed_by_rank_0(pixels_needed(config.evaluation, data), World(), folder.parent / REFERENCES)
     protocol = protocol_of(config.evaluation, pixels)
     sampler = make_sampler(config.diffusion, config.evaluation, config.model, data, config.system.compile_sampling)
     is_first = not Run(folder).evaluations  # they can be read and added to: found out before anything is computed
