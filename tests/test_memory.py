@@ -105,6 +105,7 @@ def copied_bytes(method: Method, index: int) -> int:
 
     def keep(tensor: Tensor) -> Tensor:
         kept.add(tensor.untyped_storage().data_ptr())
+        alive.append(tensor)  # as long as places are compared, so that none is given out again
         return tensor
 
     interval = method.intervals[index]

@@ -79,7 +79,7 @@ def test_twelve_runs_come_through_a_storm(tiny_suite: TinySuite) -> None:
             storm.strike({tiny_suite.runs / run_id: each.jobs[0] for run_id, each in running.items()})
         time.sleep(POLL_SECONDS)
         statuses = tiny_suite.statuses()
-    assert storm.struck.total() >= len(storm.lost) and len(storm.struck) == 3
+    assert len(storm.struck) == 3 and storm.struck.total() >= 6  # of each kind; how many there is time for, the machine decides
     counted = {folder: sum(lost.values()) for folder, lost in storm.lost.items()}
     assert {folder: read_run(folder).summary["lost_images"] for folder in counted} == counted
     tiny_suite.assert_one_at_a_time()
