@@ -52,7 +52,7 @@ def measure(method: Method, image_shape: tuple[int, int, int]) -> Cost:
 
 @switches.only_off(())
 def forward_macs_per_image(method: Method, image_shape: tuple[int, int, int]) -> float:
-    """Of that cost, this alone, in a quarter of the time."""
+    """Of that cost, this alone: no training step is counted for it."""
     twin = on_meta(method)
     return _average(twin, lambda interval: _count_evaluation(twin, interval, image_shape))[1] / 2
 

@@ -2,7 +2,7 @@
 
 from command import finished_run
 from diffusing import golden, linear
-from encoding import autoencoder, images, latents
+from encoding import autoencoder, images, latents, room_for_one
 from leases import folder, outside_slurm
 from slurm_cluster import cluster
 from sweeping import tiny_suite, undisturbed_runs
@@ -19,6 +19,7 @@ __all__ = [
     "linear",
     "no_slurm",
     "outside_slurm",
+    "room_for_one",
     "swept",
     "swept_once",
     "tiny_suite",

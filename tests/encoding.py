@@ -1,8 +1,10 @@
-"""What do the tests of encoding share? Images, an autoencoder, the command, and what it makes of them.
+"""What do the tests of encoding and packing share? Images, an autoencoder, the command, what it makes of them, and a full disk.
 
 The fixtures are offered to all tests by conftest.py.
 """
 
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
@@ -47,3 +49,17 @@ def latents(images: DataConfig, autoencoder: Path, tmp_path_factory: pytest.Temp
     outcome = tsbench(*command(images, autoencoder, out, "--mirrored"))
     assert (outcome.code, outcome.out) == (0, f"latents of 21 images to train on and 9 held out: {out}\n"), outcome.err
     return out
+
+
+@pytest.fixture
+def room_for_one(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A disk on which the first array has room, and no other; the bytes that were asked for, as they are."""
+    asked: list[int] = []
+
+    def only_the_first_fits(file: int, start: int, length: int) -> None:
+        asked.append(length)
+        if len(asked) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", only_the_first_fits)
+    return asked

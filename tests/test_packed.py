@@ -1,7 +1,5 @@
 """Are packed images, and images kept on a device, the same to the bit as those that they were made from?"""
 
-import errno
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,22 +73,14 @@ def test_the_command_packs_and_a_second_time_is_refused(folder: DataSource, tmp_
 
 
 def test_a_full_disk_is_told_in_one_sentence_and_nothing_is_left(
-    folder: DataSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: DataSource, tmp_path: Path, room_for_one: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where it is the second array that does not fit."""
-    asked: list[int] = []
-
-    def only_the_first_fits(file: int, start: int, length: int) -> None:
-        asked.append(length)
-        if len(asked) > 1:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", only_the_first_fits)
     source = folder.train.paths[0].parents[2]  # type: ignore[attr-defined]
     settings = ["data.name=folder", f"data.path={source}", "data.image_size=16"]
     outcome = tsbench("pack", *settings, "--out", tmp_path / "out")
     assert outcome.code == 2 and "(No space left on device): make room" in outcome.err and "Traceback" not in outcome.err
-    assert asked == [21 * 3 * 16 * 16 + 128, 9 * 3 * 16 * 16 + 128] and list((tmp_path / "out").iterdir()) == []
+    assert room_for_one == [21 * 3 * 16 * 16 + 128, 9 * 3 * 16 * 16 + 128] and list((tmp_path / "out").iterdir()) == []
     monkeypatch.undo()
     assert tsbench("pack", *settings, "--out", tmp_path / "out").code == 0
 

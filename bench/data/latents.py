@@ -72,8 +72,19 @@ def load_latents(config: DataConfig) -> DataSource:
     def fingerprint() -> str:
         return hash_arrays([*arrays.items(), ("scaling", np.array([scaling]))])
 
-    shown = num_classes, shape[0], shape[-1]
-    return DataSource("latents", *shown, train, heldout, fingerprint, False, scaling, mirrored, stamp=lambda: stamped)
+    return DataSource(
+        "latents",
+        num_classes,
+        shape[0],
+        shape[-1],
+        train,
+        heldout,
+        fingerprint,
+        pixels=False,
+        scaling=scaling,
+        mirrored=mirrored,
+        stamp=lambda: stamped,
+    )
 
 
 def _check(root: Path, arrays: dict[str, np.ndarray]) -> tuple[int, ...]:

@@ -48,8 +48,8 @@ class DataSource:
     pixels: bool = True  # False: latents, which are images only when they are decoded
     scaling: float = 1.0  # what latents were multiplied by
     mirrored: ImageSet | None = None  # of latents: the training images, mirrored before they were encoded
-    decoder: Callable[[], str] = lambda: "none"  # what makes samples of pixels, where it is not the network itself,
-    decoded: "DataSource | None" = None  # and the latents that it makes them of
+    decoder: Callable[[], str] = lambda: "none"  # what makes images of samples that are latents, in words for a protocol
+    decoded: "DataSource | None" = None  # these latents
     stamp: Callable[[], Stamp] | None = None  # of its files, if they are read for the fingerprint
     digests: Path | None = None  # a folder in which the hash is kept for other processes
 
