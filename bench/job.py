@@ -139,7 +139,7 @@ def run(
     was_trained = world.decide(is_trained(folder), device)
     sharded = sharded_run.check(config, folder, world, was_trained)
     with nullcontext() if sharded else world.together():  # sharded, ranks send messages meanwhile
-        method, initial_flops = _initial_method(config, data, folder.parent, world if sharded else None)
+        method, initial_flops = _initial_method(config, data, folder.parent, world, was_trained)
     apart = _are_apart(config, method, expert)
     if _nothing_is_left(config, pixels, folder, world):
         return
@@ -199,7 +199,7 @@ def _train_expert(
     is_dead: Callable[[str], bool] | None,
 ) -> None:
     """In a folder inside the run's."""
-    method, _ = _initial_method(config, data, folder.parent)
+    method, _ = _initial_method(config, data, folder.parent, world)
     place = expert_folder(folder, index)
     trainer = Trainer(method, config, data, place, world, experts=frozenset({index}), should_stop=should_stop)
     with world.together():
@@ -274,15 +274,15 @@ def difference_of(run: Run) -> list[str]:
 
 
 def _initial_method(
-    config: RunConfig, data: DataSource, runs_folder: Path, shared_by: World | None = None
+    config: RunConfig, data: DataSource, runs_folder: Path, world: World, was_trained: bool = False
 ) -> tuple[Method, float]:
     """The method as training begins, and the FLOPs that its initial weights cost elsewhere. `run:ID` is a run in that folder.
-
-    `shared_by`: the ranks of which each is to have its part.
+    What ranks train in parts, none of them draws as a whole.
     """
     given = config.train.init_from
-    if shared_by:
-        return sharded_run.begin(partial(build_method, config, data), config, shared_by), 0.0
+    if config.system.shard == "full":
+        build_whole = partial(build_method, config, data)
+        return sharded_run.begin(build_whole, config, world, was_trained), 0.0
     method = build_method(config, data)
     if not given:
         return method, 0.0

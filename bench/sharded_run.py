@@ -34,8 +34,12 @@ def check(config: RunConfig, folder: Path, world: World, trained: bool) -> bool:
     return config.system.shard == "full"
 
 
-def begin(build: Build, config: RunConfig, world: World) -> Method:
-    """The method that `build()` makes, with its initial weights, of which no rank has more than its part."""
+def begin(build: Build, config: RunConfig, world: World, was_trained: bool) -> Method:
+    """The method that `build()` makes, with its initial weights, of which no rank has more than its part; once it is trained,
+    the whole one, whose weights are to be restored.
+    """
+    if was_trained:
+        return make_empty(build, torch.device(config.system.device))
     method, parts = draw_parts(build, world.rank, world.size)
     check_compiled(config, method)
     return shard(method, torch.device(config.system.device), parts)

@@ -46,10 +46,10 @@ def draw_parts(build: Callable[[], Method], rank: int, size: int) -> tuple[Metho
 
 
 def make_empty(build: Callable[[], Method], device: torch.device) -> Method:
-    """What `build()` makes, with parameters that hold anything; for who loads them from elsewhere."""
+    """What `build()` makes, with parameters that are NaN until they are loaded from elsewhere."""
     with _Build(None):
         method = build()
-    empty = {name: torch.empty(p.shape, dtype=p.dtype, device=device) for name, p in method.named_parameters()}
+    empty = {name: torch.full(p.shape, torch.nan, dtype=p.dtype, device=device) for name, p in method.named_parameters()}
     method.load_state_dict(dict(method.named_buffers()) | empty, assign=True, strict=False)  # some buffers are in no state
     return method.to(device)
 
