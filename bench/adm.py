@@ -36,6 +36,13 @@ def read_reference(path: Path) -> AdmReference:
     return AdmReference(mean, covariance, *_statistics(path, arrays, "mu_s", "sigma_s"))
 
 
+def has_spatial(path: Path) -> bool:
+    """Whether a reference file has the statistics of spatial features."""
+    _check_is_archive(path)
+    with zipfile.ZipFile(path) as archive:
+        return {"mu_s.npy", "sigma_s.npy"} <= set(archive.namelist())
+
+
 def image_shape(path: Path) -> tuple[int, ...] | None:
     """(n, C, H, W) of the images in a file, without reading them; None if it has none."""
     _check_is_archive(path)

@@ -3,6 +3,7 @@
 Lower is better for distances, higher for the rest:
 
     fid_train, fid_heldout   Frechet distance (arXiv 1706.08500) to the training set (or reference) and to held-out images
+    sfid                     Frechet distance of spatial features (arXiv 2103.03841) to those of a reference file that has them
     kid                      Kernel distance to the training set (or the reference's images)
     precision, recall        fidelity and coverage, against the same
     inception_score          of the extractor's classes
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
-from bench import fidelity
+from bench import adm, fidelity
 from bench.data import DataSource, ImageSet, to_uint8
 from bench.data.source import spread_choice
 from bench.distance import frechet_distance, mean_and_covariance, nearest_squared, rms_distance
@@ -37,7 +38,7 @@ from bench.reference import Reference, make_reference
 
 __all__ = ["EvalProtocol", "differences", "floor_scores", "frechet_distance", "protocol_of", "score"]
 
-METRICS = ("fid_train", "fid_heldout", "kid", "precision", "recall", "inception_score", "nearest_neighbour")
+METRICS = ("fid_train", "fid_heldout", "sfid", "kid", "precision", "recall", "inception_score", "nearest_neighbour")
 
 
 class Seconds(dict[str, float]):
@@ -128,8 +129,8 @@ def score_seen(
 
 def metrics_of(protocol: EvalProtocol, data: DataSource) -> list[str]:
     """Those that samples can be scored by."""
-    needed = {"fid_heldout": data.heldout, "nearest_neighbour": data.train}
-    names = [name for name in METRICS if name not in needed or len(needed[name])]
+    missing = {"fid_heldout": not len(data.heldout), "nearest_neighbour": not len(data.train), "sfid": not protocol.has_spatial}
+    names = [name for name in METRICS if not missing.get(name)]
     return [*names, "class_accuracy"] if protocol.extractor == "digits" else names  # its classes are the data's
 
 
@@ -183,6 +184,10 @@ def _compare(
     }
     if reference.heldout is not None:
         scores["fid_heldout"] = frechet_distance(*statistics, *reference.heldout)
+    if protocol.has_spatial:
+        stored, spatial = adm.read_reference(Path(protocol.reference_path)), mean_and_covariance(features[fidelity.SPATIAL])
+        assert stored.spatial_mean is not None and stored.spatial_covariance is not None
+        scores["sfid"] = frechet_distance(*spatial, stored.spatial_mean, stored.spatial_covariance)
     if protocol.extractor == "digits":
         scores["class_accuracy"] = (logits.argmax(1) == labels.cpu()).double().mean().item()
     return scores
@@ -191,7 +196,8 @@ def _compare(
 @lru_cache(maxsize=1)
 def _extractor(protocol: EvalProtocol, device: str) -> FeatureExtractorBase:
     """Loaded once for all runs that one process scores."""
-    return fidelity.build_extractor(protocol.extractor, protocol.extractor_sha256, protocol.extractor_path, device=device)
+    layers = fidelity.layers_of(protocol.extractor, (*fidelity.METRICS, *(["sfid"] if protocol.has_spatial else [])))
+    return fidelity.build_extractor(protocol.extractor, protocol.extractor_sha256, protocol.extractor_path, layers, device)
 
 
 def _extract(images: Tensor | ImageSet, protocol: EvalProtocol, device: str, world: World) -> dict[str, Tensor]:

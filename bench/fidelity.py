@@ -8,7 +8,7 @@ outside the project and is read by executing pickles. Nothing is fetched.
 """
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,11 @@ INCEPTION_HINT = (
     "in evaluation.extractor_weights"
 )
 FEATURE_WIDTHS = {"digits": digits_classifier.FEATURE_WIDTH, "inception": 2048}
+SPATIAL = "spatial"
+SPATIAL_CHANNELS = 7  # of 17 x 17: 2023 features, about as many as pooled ones
+SPATIAL_WIDTH = 17 * 17 * SPATIAL_CHANNELS
 PRECISION_RECALL_BATCH = 2000  # rows of the distance matrix held at a time
+METRICS = ("isc", "fid", "kid", "prc")  # as torch-fidelity calls them
 SUBSET_SEED = 2020  # torch-fidelity's default: which subsets the Kernel distance takes, how the Inception Score shuffles
 
 
@@ -64,12 +68,47 @@ class DigitsExtractor(FeatureExtractorBase):  # type: ignore[misc]
         return False
 
 
-EXTRACTORS: dict[str, type[Any]] = {"digits": DigitsExtractor, "inception": FeatureExtractorInceptionV3}
+class InceptionExtractor(FeatureExtractorBase):  # type: ignore[misc]
+    """torch-fidelity's Inception, uint8 (n, 3, H, W), with the features `spatial` (n, 2023) whose statistics are mu_s and sigma_s
+    in ADM's files: the first channels of a 1x1 convolution in one of its blocks (TensorFlow's mixed_6/conv), channels last.
+    """
+
+    def __init__(self, name: str, features_list: list[str], **how: Any) -> None:
+        super().__init__(name, features_list)
+        self.inception = FeatureExtractorInceptionV3(name, [each for each in features_list if each != SPATIAL], **how)
+        self.inception.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
+
+    def _keep_spatial(self, _: Any, __: Any, output: Tensor) -> None:
+        self.spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        by_name = self.inception.convert_features_tuple_to_dict(self.inception(images)) | {SPATIAL: self.spatial}
+        return tuple(by_name[name] for name in self.features_list)
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        return (*FeatureExtractorInceptionV3.get_provided_features_list(), SPATIAL)
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        return SPATIAL if metric == "sfid" else str(FeatureExtractorInceptionV3.get_default_feature_layer_for_metric(metric))
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        return False
+
+
+EXTRACTORS: dict[str, type[Any]] = {"digits": DigitsExtractor, "inception": InceptionExtractor}
 
 
 def layer(extractor: str, metric: str) -> str:
-    """The name of the features that `metric` (isc, fid, kid, prc) looks at."""
+    """The name of the features that `metric` (isc, fid, kid, prc; of inception sfid, too) looks at."""
     return str(EXTRACTORS[extractor].get_default_feature_layer_for_metric(metric))
+
+
+def layers_of(extractor: str, metrics: Sequence[str]) -> list[str]:
+    """The names of all features that these metrics look at."""
+    return sorted({layer(extractor, metric) for metric in metrics})
 
 
 def weights_hash(extractor: str, weights: str) -> str:
@@ -97,7 +136,7 @@ def build_extractor(
 ) -> FeatureExtractorBase:
     """A feature extractor of torch-fidelity's, registered once under a name that carries its weights' hash.
 
-    `layers`: the features wanted, in any order; all that the metrics need by default. Raises ValueError if the weights
+    `layers`: the features wanted, in any order; by default all that `METRICS` need. Raises ValueError if the weights
     do not have the hash `sha256` or are not weights of this extractor.
     """
     if (found := weights_hash(extractor, weights)) != sha256:
@@ -105,8 +144,7 @@ def build_extractor(
     name = f"{extractor}-{sha256}"
     if name not in FEATURE_EXTRACTORS_REGISTRY:
         register_feature_extractor(name, EXTRACTORS[extractor])
-    if layers is None:
-        layers = sorted({layer(extractor, metric) for metric in ("isc", "fid", "kid", "prc")})
+    layers = layers or layers_of(extractor, METRICS)
     if extractor == "inception":
         _check_loads_without_executing(weights)
     try:

@@ -68,6 +68,11 @@ class EvalProtocol:
     def hash(self) -> str:
         return content_hash(self.content)
 
+    @property
+    def has_spatial(self) -> bool:
+        """Whether samples are compared by spatial features, too: with a reference file that has their statistics."""
+        return self.extractor == "inception" and self.reference == "adm" and adm.has_spatial(Path(self.reference_path))
+
 
 def check_scoring(config: EvaluationConfig, pixels: DataSource) -> None:
     """ValueError in one sentence if samples cannot be compared with these images so. Nothing is hashed, no image is read."""
@@ -156,10 +161,16 @@ def differences(a: EvalProtocol | Mapping[str, Any], b: EvalProtocol | Mapping[s
 
 def _check_reference(config: EvaluationConfig, data: DataSource) -> None:
     path = Path(config.reference)
-    width, expected = len(adm.read_reference(path).mean), fidelity.FEATURE_WIDTHS[config.extractor]
+    stored, expected = adm.read_reference(path), fidelity.FEATURE_WIDTHS[config.extractor]
+    width = len(stored.mean)
     if width != expected:
         raise ValueError(
             f"{path} has statistics of {width} features, but {config.extractor} has {expected}: choose another reference"
+        )
+    if config.extractor == "inception" and stored.spatial_mean is not None and len(stored.spatial_mean) != fidelity.SPATIAL_WIDTH:
+        raise ValueError(
+            f"{path} has statistics of {len(stored.spatial_mean)} spatial features, but {config.extractor} has "
+            f"{fidelity.SPATIAL_WIDTH}: choose another reference"
         )
     shape = adm.image_shape(path)
     own = (data.channels, data.input_size, data.input_size)

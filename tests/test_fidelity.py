@@ -1,5 +1,6 @@
 """Are features extracted safely: in order, finite, from the weights that were named and without executing anything?"""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 
-from bench import fidelity
+from bench import evaluate, fidelity
 from bench.config import DataConfig, EvaluationConfig
 from bench.data import DataSource, balanced_order, load_data, to_uint8
 from bench.data.digits_classifier import WEIGHTS_SHA256
-from bench.evaluate import protocol_of, score
+from bench.distance import mean_and_covariance
+from bench.evaluate import metrics_of, protocol_of, score
 
 
 def noise_images(count: int) -> Tensor:
@@ -167,6 +169,55 @@ def test_inception_scores_with_weights_from_a_local_file(
     weights.write_bytes(weights.read_bytes() + b" ")
     with pytest.raises(ValueError, match="the weights of inception have SHA-256"):
         fidelity.build_extractor("inception", protocol.extractor_sha256, str(weights))
+
+
+def write_reference(path: Path, images: Tensor, extractor: FeatureExtractorBase, **changes: np.ndarray) -> str:
+    """As ADM's are, of these images."""
+    features = fidelity.extract_features(images, extractor, 50)
+    (mean, covariance), (spatial_mean, spatial_covariance) = (
+        [of_features.numpy() for of_features in mean_and_covariance(features[name])] for name in ("2048", "spatial")
+    )
+    arrays = {"mu": mean, "sigma": covariance, "mu_s": spatial_mean, "sigma_s": spatial_covariance} | changes
+    np.savez(path, arr_0=images.permute(0, 2, 3, 1).numpy(), **arrays)  # type: ignore[arg-type]
+    return str(path)
+
+
+def quick_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
+    return float((mean_a - mean_b).square().sum() + (cov_a - cov_b).square().sum())
+
+
+def test_spatial_features_are_compared_with_a_reference_file_that_has_some(
+    tmp_path: Path, colours: DataSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = tmp_path / "weights.pth"
+    torch.save(random_inception(monkeypatch), weights)
+    sha256 = fidelity.weights_hash("inception", str(weights))
+    extractor = fidelity.build_extractor("inception", sha256, str(weights), ["spatial", "2048"])
+    samples, labels = colour_samples(colours)
+    images = to_uint8(colours.heldout.batch(torch.arange(10))[0])
+
+    seen: list[Tensor] = []
+    block = extractor.inception.Mixed_6d
+    with block.register_forward_hook(lambda _, given, __: seen.append(block.branch1x1(given[0]))):
+        spatial = fidelity.extract_features(samples[:2], extractor, 2)["spatial"].unflatten(1, (17, 17, 7))
+    assert torch.equal(spatial[:, 3, 5], seen[0][:, :7, 3, 5])  # row, column, channel; what the block joins to the others
+
+    path = write_reference(tmp_path / "reference.npz", images, extractor)
+    monkeypatch.setattr(evaluate, "frechet_distance", quick_distance)  # 2048 features take seconds
+    config = replace(inception_config(weights), reference=path)
+    scores = score(samples, labels, protocol_of(config, colours), colours)
+    features = (fidelity.extract_features(each, extractor, 50)["spatial"] for each in (samples, images))
+    expected = quick_distance(*(statistic for of_set in features for statistic in mean_and_covariance(of_set)))
+    assert scores["sfid"] == pytest.approx(expected, rel=1e-9) and expected > 0
+
+    with np.load(path) as archive:
+        plain = {name: archive[name] for name in archive.files if not name.endswith("_s")}
+    np.savez(path, **plain)  # type: ignore[arg-type]
+    without = protocol_of(config, colours)
+    assert metrics_of(without, colours) == [name for name in scores if name not in ("sfid", "n")]
+    write_reference(tmp_path / "reference.npz", images, extractor, mu_s=np.zeros(3), sigma_s=np.eye(3))
+    with pytest.raises(ValueError, match=r"has statistics of 3 spatial features, but inception has 2023: choose another"):
+        protocol_of(config, colours)
 
 
 class Payload:

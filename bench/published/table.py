@@ -69,7 +69,7 @@ METRICS = {
     "FID": Metric("FID", "quality", "lower", from_runs="fid_train"),
     "FID-50K": Metric("FID-50K", "quality", "lower", from_runs="fid_train"),
     "FID-10K": Metric("FID-10K", "quality", "lower", from_runs="fid_train"),
-    "sFID": Metric("sFID", "quality", "lower"),
+    "sFID": Metric("sFID", "quality", "lower", from_runs="sfid"),
     "IS": Metric("IS", "quality", "higher", from_runs="inception_score"),
     "IS-10K": Metric("IS-10K", "quality", "higher", from_runs="inception_score"),
     "Precision": Metric("Precision", "quality", "higher", from_runs="precision"),

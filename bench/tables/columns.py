@@ -39,6 +39,7 @@ COLUMNS = (
     Column("initial_flops", "Spent on initial weights", "Initial weights", "cost", kind="si", unit="FLOPs"),
     Column("fid_train", "FID (train)", "FID train", "quality", "lower", "significant:4", scale="fid"),
     Column("fid_heldout", "FID (held-out)", "FID held-out", "quality", "lower", "significant:4", scale="fid"),
+    Column("sfid", "sFID", "sFID", "quality", "lower", "significant:3", asked_for=True),
     Column("kid", "KID", "KID", "quality", "lower", "fixed:0.001:2", "×10⁻³"),
     Column("precision", "Precision", "Preci- sion", "quality", "higher", "fixed:1:3"),
     Column("recall", "Recall", "Recall", "quality", "higher", "fixed:1:3"),
