@@ -6,7 +6,7 @@ Frechet distance (arXiv 1706.08500) between features, and the pixel distance tha
 import torch
 from torch import Tensor
 
-from bench.data import ImageSet, to_uint8
+from bench.data import ImageSet, read_uint8
 from bench.distributed import World
 
 NEIGHBOUR_CHUNK = 500  # images on either side of a block of the distance matrix
@@ -53,7 +53,7 @@ def nearest_squared(samples: list[Tensor], train: ImageSet, device: str = "cpu",
         nearest = [torch.full((len(chunk),), float("inf"), dtype=torch.float64, device=device) for chunk in chunks]
         chosen = torch.arange(len(train)).split(NEIGHBOUR_CHUNK) if len(train) else ()
         for indices in chosen[world.rank :: world.size]:
-            real = to_uint8(train.batch(indices)[0]).flatten(1).to(device).double()
+            real = read_uint8(train, indices).flatten(1).to(device).double()
             squares = real.square().sum(1)
             for chunk, found in zip(chunks, nearest, strict=True):
                 # |x - r|^2 = |x|^2 + (|r|^2 - 2 x.r): what does not depend on r is added at the end

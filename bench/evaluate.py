@@ -29,7 +29,7 @@ from torch import Tensor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 from bench import adm, fidelity
-from bench.data import DataSource, ImageSet, to_uint8
+from bench.data import DataSource, ImageSet, read_uint8
 from bench.data.source import spread_choice
 from bench.distance import frechet_distance, mean_and_covariance, nearest_squared, rms_distance
 from bench.distributed import World
@@ -211,5 +211,4 @@ def _reference(protocol: EvalProtocol, data: DataSource, device: str, world: Wor
 
 
 def _images(images: ImageSet, indices: Tensor) -> tuple[Tensor, Tensor]:
-    x, labels = images.batch(indices)
-    return to_uint8(x), labels
+    return read_uint8(images, indices), images.labels[indices]

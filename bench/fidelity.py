@@ -25,7 +25,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_featur
 from torch_fidelity.utils import create_feature_extractor
 
 from bench.data import digits_classifier
-from bench.data.source import ImageSet, hash_file, to_uint8
+from bench.data.source import ImageSet, hash_file, read_uint8
 from bench.distributed import World
 from bench.precision import full_precision
 
@@ -171,7 +171,7 @@ def extract_features(
         raise ValueError(f"images to score are {images.dtype}: convert them with bench.data.to_uint8")
 
     def read(indices: Tensor) -> Tensor:
-        return images[indices] if isinstance(images, Tensor) else to_uint8(images.batch(indices)[0])
+        return images[indices] if isinstance(images, Tensor) else read_uint8(images, indices)
 
     return _share_batches(len(images), read, extractor, batch_size, world or World())
 

@@ -130,7 +130,7 @@ def _from_data(config: Mapping[str, Any]) -> RealImages:
     import torch
 
     from bench.config import DataConfig, EvaluationConfig
-    from bench.data import load_data, to_uint8
+    from bench.data import load_data, read_uint8
     from bench.pixels import pixels_of
 
     data = load_data(DataConfig(**config["data"]))
@@ -138,5 +138,5 @@ def _from_data(config: Mapping[str, Any]) -> RealImages:
     pixels = pixels_of(EvaluationConfig(**config["evaluation"]), data)
     if pixels is None or not len(pixels.heldout):
         return RealImages(None, class_names)
-    x, _ = pixels.heldout.batch(torch.arange(min(len(pixels.heldout), 100)))
-    return RealImages(to_uint8(x).permute(0, 2, 3, 1).numpy(), class_names)
+    shown = read_uint8(pixels.heldout, torch.arange(min(len(pixels.heldout), 100)))
+    return RealImages(shown.permute(0, 2, 3, 1).numpy(), class_names)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,10 +12,11 @@ from PIL import Image
 from training import tiny_config, tiny_data
 
 from bench.config import DataConfig
-from bench.data import DataSource, load_data
-from bench.data.packed import pack
+from bench.data import DataSource, load_data, read_uint8, to_uint8
+from bench.data.packed import PackedImages, pack
 from bench.data.resident import ResidentImages, keep_on_device, resident
 from bench.data.source import TensorImages
+from bench.distance import nearest_squared
 from bench.intervals import Interval
 from bench.randomness import draw_batch
 
@@ -54,6 +56,20 @@ def test_packed_images_are_those_of_the_files_in_the_same_order(folder: DataSour
         (x, y), (packed_x, packed_y) = one.batch(indices), other.batch(indices)
         assert torch.equal(x, packed_x) and torch.equal(y, packed_y) and torch.equal(one.labels, other.labels)
     assert packed.content_hash != folder.content_hash
+
+
+def test_uint8_is_read_as_it_lies_and_is_what_a_batch_of_floats_would_give(folder: DataSource, packed: DataSource) -> None:
+    digits = load_data(DataConfig()).train
+    assert isinstance(digits, TensorImages) and digits.images.dtype == torch.float32
+    all_values = TensorImages(torch.arange(256).byte().view(1, 1, 16, 16), torch.zeros(1, dtype=torch.int64))
+    for images in (folder.train, packed.train, packed.heldout, digits, all_values):
+        indices = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:20]
+        assert torch.equal(read_uint8(images, indices), to_uint8(images.batch(indices)[0]))
+    with mock.patch.object(PackedImages, "batch", side_effect=AssertionError("floats")):
+        found = read_uint8(packed.train, torch.tensor([5, 2]))
+        assert nearest_squared([found], packed.train).tolist() == [0, 0]
+    found.zero_()  # a copy
+    assert read_uint8(packed.train, torch.tensor([5])).any()
 
 
 def test_a_batch_is_a_copy_and_the_arrays_are_mapped(packed: DataSource) -> None:

@@ -16,10 +16,10 @@ from test_curve import samples_of
 from test_ranks import on_ranks
 
 import bench.sample
-from bench import evaluate, job, streaming
+from bench import job, streaming
 from bench.config import RunConfig
 from bench.data import DataSource, ImageSet, load_data
-from bench.data.source import TensorImages, to_uint8
+from bench.data.source import TensorImages
 from bench.distance import nearest_squared
 from bench.distributed import World
 from bench.evaluate import Seen, score
@@ -278,4 +278,3 @@ def test_data_of_another_protocol_are_refused_before_anything_is_drawn(monkeypat
     other = protocol.__class__(**{**vars(protocol), "data_sha256": "0"})
     with pytest.raises(ValueError, match="not the one the protocol was made for"):
         Stream(sampler, other, data, 3).run(method, CPU, World())
-    assert evaluate.to_uint8 is to_uint8

@@ -4,9 +4,9 @@
 """
 
 from bench.config import DataConfig
-from bench.data.source import UINT8_RULE, DataSource, ImageSet, balanced_order, to_uint8
+from bench.data.source import UINT8_RULE, DataSource, ImageSet, balanced_order, read_uint8, to_uint8
 
-__all__ = ["DATA_SETS", "UINT8_RULE", "DataSource", "ImageSet", "balanced_order", "load_data", "to_uint8"]
+__all__ = ["DATA_SETS", "UINT8_RULE", "DataSource", "ImageSet", "balanced_order", "load_data", "read_uint8", "to_uint8"]
 
 DATA_SETS = ("digits", "cifar10", "folder", "packed", "latents")
 

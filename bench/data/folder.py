@@ -32,8 +32,10 @@ class FolderImages:
         return len(self.paths)
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        images = torch.stack([_decode(self.paths[i], self.image_size) for i in indices.tolist()])  # (B, 3, H, W) uint8
-        return to_unit_range(images), self.labels[indices]
+        return to_unit_range(self.pixels(indices)), self.labels[indices]
+
+    def pixels(self, indices: Tensor) -> Tensor:
+        return torch.stack([_decode(self.paths[i], self.image_size) for i in indices.tolist()])
 
 
 def load_folder(config: DataConfig) -> DataSource:

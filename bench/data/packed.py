@@ -23,8 +23,8 @@ from bench.data.source import (
     check_image_size,
     hash_arrays,
     open_array,
+    read_uint8,
     scale_to_unit_range,
-    to_uint8,
 )
 
 PARTS = ("train", "heldout")
@@ -49,6 +49,9 @@ class PackedImages:
         for image, row in zip(x.numpy(), self.rows[indices.numpy()], strict=True):
             np.copyto(image, self.images[row])  # from the file to float32 at once
         return scale_to_unit_range(x), self.labels[indices]
+
+    def pixels(self, indices: Tensor) -> Tensor:
+        return torch.from_numpy(np.take(self.images, self.rows[indices.numpy()], axis=0))  # a copy, of these rows alone
 
 
 def load_packed(config: DataConfig) -> DataSource:
@@ -94,7 +97,7 @@ def pack(source: DataSource, folder: Path, told: Callable[[int, int], None] = la
         arrays = {part: make_array(temporary[part], (len(images), *shape), np.uint8) for part, images in parts.items()}
         for part, images in parts.items():
             for indices in torch.arange(len(images)).split(WRITTEN_TOGETHER):
-                arrays[part][indices.numpy()] = to_uint8(images.batch(indices)[0]).numpy()
+                arrays[part][indices.numpy()] = read_uint8(images, indices).numpy()
                 done += len(indices)
                 told(done, total)
             arrays.pop(part).flush()

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -28,6 +28,15 @@ class ImageSet(Protocol):
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """`indices` (B,) int64 on the CPU -> x (B, C, H, W) float32 in [-1, 1] (latents: scaled), y (B,) int64."""
+        ...
+
+
+@runtime_checkable
+class HasPixels(Protocol):
+    """An image set that holds pixels as uint8."""
+
+    def pixels(self, indices: Tensor) -> Tensor:
+        """(B,) int64 on the CPU -> (B, C, H, W) uint8, of which `batch` makes float32."""
         ...
 
 
@@ -74,6 +83,10 @@ class TensorImages:
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         return to_unit_range(self.images[indices]), self.labels[indices]
 
+    def pixels(self, indices: Tensor) -> Tensor:
+        found = self.images[indices]
+        return found if found.dtype == torch.uint8 else to_uint8(found)
+
 
 def to_unit_range(images: Tensor) -> Tensor:
     """uint8 0..255 -> float32 in [-1, 1]; float32 passes."""
@@ -95,6 +108,11 @@ def to_uint8(x: Tensor) -> Tensor:
     if num_bad:
         raise ValueError(f"{num_bad} of {x.numel()} pixel values are not finite: what drew these images has diverged")
     return (127.5 * x.float() + 128.0).floor().clamp(0, 255).to(torch.uint8)
+
+
+def read_uint8(images: ImageSet, indices: Tensor) -> Tensor:
+    """(B,) int64 -> (B, C, H, W) uint8: the same as `to_uint8` of a batch, but sets of uint8 give them as they lie there."""
+    return images.pixels(indices) if isinstance(images, HasPixels) else to_uint8(images.batch(indices)[0])
 
 
 def balanced_order(labels: Tensor) -> Tensor:
