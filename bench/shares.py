@@ -8,7 +8,7 @@ any number of ranks that divides it. What ranks then send each other are the gra
 interval may need no more than those of one network (`Method.one_step`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -91,6 +91,14 @@ def draw_shares(
             part = part._replace(t=draw_timesteps(step, interval, config)[share.rows], interval=interval)
         batches.append(part._replace(intervals_of_step=intervals))
     return batches
+
+
+def draw_step(
+    step: int, method: Method, own: Collection[Interval], shares: Sequence[Share], config: RunConfig, data: DataSource
+) -> list[Batch]:
+    """As `draw_shares`, but for how far training is by then; nothing where the step trains no interval of one's `own`."""
+    intervals = intervals_of(step, method, config)
+    return draw_shares(step, intervals, shares, config, data, progress=0.0) if intervals[0] in own else []
 
 
 def losses_of_all(own: Sequence[dict[str, Tensor]], num_intervals: int, world: World) -> list[dict[str, Tensor]]:

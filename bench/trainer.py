@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bench import measuring, saving, switches
+from bench.ahead import Ahead
 from bench.allocator import keep_freed_memory
 from bench.budget import Budget, plan
 from bench.compiled import begin_step, compile_blocks
@@ -28,7 +30,7 @@ from bench.progress import TrainingBar
 from bench.randomness import Batch
 from bench.recompute import recompute_blocks
 from bench.sharding import is_sharded
-from bench.shares import draw_shares, intervals_of, losses_of_all, mean, num_passes, shares_of
+from bench.shares import draw_step, losses_of_all, mean, num_passes, shares_of
 
 SAVES_APART = 20  # times what the last checkpoint took: so long, at least, the next one by time is waited for
 
@@ -172,19 +174,22 @@ class Trainer:
         """Train until the budget is spent, from the last checkpoint in the folder if there is one. Raises Interrupted when
         asked to stop, with everything saved.
         """
+        if self.device.type == "cuda":  # what an earlier run of this process took is not this one's
+            torch.cuda.reset_peak_memory_stats(self.device)
         self.resume()
         data = keep_on_device(self.data, self.device, self.config.system.resident_gb)
+        draw = partial(draw_step, method=self.method, own=self.intervals, shares=self.shares, config=self.config, data=data)
         stop = Agreement(self.world)
-        with self.bar:
+        with self.bar, Ahead(draw, early=self.device.type == "cuda" and data is self.data) as batches:
             while not self.finished():
                 if stop.ask(self.should_stop()):
                     stop.settle()
                     self.save_for_later()
                 measuring.measure_if_due(self)
                 started = time.perf_counter()
-                intervals = intervals_of(self.steps_done, self.method, self.config)
-                if intervals[0] in self.intervals:
-                    self.step(*draw_shares(self.steps_done, intervals, self.shares, self.config, data, self.spent))
+                drawn = batches.take(self.steps_done)
+                if drawn:
+                    self.step(*(batch._replace(progress=self.spent) for batch in drawn))
                 else:
                     self.steps_done += 1
                 due = self.steps_done % self.config.system.log_every == 0
