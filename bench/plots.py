@@ -91,9 +91,9 @@ def make_figures(
     report: Callable[[str], None] = print,
 ) -> list[Path]:
     """The files of `figures_of` in `out_dir`, and `captions.json`. What is left of figures that are no longer made is removed."""
+    old = [out_dir / f"{name}.{ending}" for name in captions_of(out_dir) for ending in ENDINGS]  # may refuse: before all is drawn
     made = figures_of(runs, suite, floor=floor, real_images=real_images, class_names=class_names, report=report)
     make_folder(out_dir)
-    old = [out_dir / f"{name}.{ending}" for name in captions_of(out_dir) for ending in ENDINGS]
     paths = [out_dir / file for file in made.files]
     write_json_atomically(out_dir / CAPTIONS, {**captions_of(out_dir), **made.captions})  # so that nothing is ever left unknown
     for path, content in zip(paths, made.files.values(), strict=True):

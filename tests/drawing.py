@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from fake_runs import SUITE, write_fake_runs
+from fake_runs import FLOOR_RECORD, REAL_IMAGES, REAL_NAMES, SUITE, write_fake_runs
 
 from bench.arrays import Trajectory, write_trajectory
 from bench.figures.style import Drawn, Material, data_file, dress
+from bench.plots import make_figures
 from bench.runs import Run, find_runs
 
 LABELS = [entry["label"] for entry in SUITE["methods"]]
@@ -25,6 +26,12 @@ def write_runs(root: Path) -> list[Run]:
         if run.config["method"] == "dit_moe":
             add_diagnostics(run.path, routing_by_position=shares(draw, 4, 16, 8), routing_by_class=shares(draw, 4, 10, 8))
     return find_runs(root)
+
+
+def draw_all(root: Path) -> list[Path]:
+    """All figures of these runs in `root/figures`; their files."""
+    runs, figures = write_runs(root), root / "figures"
+    return make_figures(runs, SUITE, figures, floor=FLOOR_RECORD, real_images=REAL_IMAGES, class_names=REAL_NAMES)
 
 
 def shares(draw: np.random.Generator, *shape: int) -> np.ndarray:

@@ -1,4 +1,7 @@
-"""Small made-up run folders, of every kind of diagnostic, for the tests of tables and figures."""
+"""Small made-up run folders, of every kind of diagnostic, for the tests of tables and figures.
+
+`with_figures` is a fixture, offered to all tests by conftest.py.
+"""
 
 import json
 import zlib
@@ -7,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from bench.config import BudgetConfig, RunConfig, TrainConfig
 from bench.files import read_yaml
@@ -42,6 +46,17 @@ FLOOR_RECORD = {
         "nearest_neighbour": 0.412,
     },
 }
+
+
+@pytest.fixture(scope="session")
+def with_figures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`runs` and all of their `figures`, which take a quarter of a minute to draw: for the tests of the group "plots"."""
+    from drawing import draw_all  # loads the libraries of figures, which most tests do without
+
+    root = tmp_path_factory.mktemp("with_figures")
+    paths = draw_all(root)
+    assert sorted(paths) == sorted((root / "figures").iterdir())
+    return root
 
 
 def write_fake_runs(
@@ -187,6 +202,9 @@ def fake_images(draw: np.random.Generator, count: int) -> np.ndarray:
     distance = (y - cy[:, None, None]) ** 2 + (x - cx[:, None, None]) ** 2
     noisy = 230 * np.exp(-distance / 3) + draw.uniform(0, 25, distance.shape)
     return noisy.astype(np.uint8)[..., None]
+
+
+REAL_IMAGES, REAL_NAMES = fake_images(np.random.default_rng(1), 60), [str(i) for i in range(NUM_CLASSES)]
 
 
 def fake_diagnostics(name: str, edges: np.ndarray, draw: np.random.Generator) -> dict[str, np.ndarray]:

@@ -18,6 +18,7 @@ from bench import lease
 ROOT = Path(__file__).parent.parent
 BUSY = "is being worked on by another process"
 FOREIGN = {"host": "n4", "boot_id": "boot of n4", "node": "n4"}
+PATIENCE_SECONDS = 600.0  # for what takes a second on an idle machine
 SLURM = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SLURM_CLUSTER_NAME")
 
 
@@ -50,8 +51,15 @@ def token_of(folder: Path) -> str:
     return path.stem
 
 
-def wait_until(happened: Callable[[], bool], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
+def wait_until(happened: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE_SECONDS
     while not happened():
         assert time.monotonic() < end, "this takes too long"
         time.sleep(0.01)
+
+
+def wait_until_renewed(path: Path, times: int = 1) -> None:
+    """That often since this was called. The first time may have begun before, and the last may not be over."""
+    for _ in range(times):
+        os.utime(path, (0, 0))
+        wait_until(lambda: path.stat().st_mtime > 0)

@@ -22,6 +22,7 @@ SCRIPT = Path(__file__).parents[1] / "slurm" / "local_cluster.sh"
 MARK = ".tsbench-local-cluster"  # what the script leaves in the folders that are its own
 MACHINE_LACKS_SOMETHING = 3  # the script's exit status
 POLL_SECONDS = 0.1
+PATIENCE_SECONDS = 600.0  # for what takes seconds on an idle machine
 
 
 def run_script(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
@@ -32,11 +33,11 @@ def run_script(*arguments: str, **settings: str) -> subprocess.CompletedProcess[
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_SECONDS,
     )
 
 
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = 30) -> None:
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = PATIENCE_SECONDS) -> None:
     """Poll until the condition holds; TimeoutError, saying `what` did not happen, after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -78,10 +79,10 @@ class Cluster:
     def down(self) -> None:
         self.script("down")
 
-    def run(self, *command: str, seconds: float = 60) -> str:
+    def run(self, *command: str) -> str:
         """A command on this cluster; its output. RuntimeError with its stderr if it fails."""
         done = subprocess.run(
-            command, env=self.environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=seconds
+            command, env=self.environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE_SECONDS
         )
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
@@ -101,9 +102,9 @@ class Cluster:
     def states(self, job: str) -> list[str]:
         return [state for _, state, _ in self.accounting(job)]
 
-    def wait_for_states(self, job: str, states: list[str], seconds: float = 60) -> None:
+    def wait_for_states(self, job: str, states: list[str]) -> None:
         """Until the accounting has exactly these states for the job's elements and attempts, in order."""
-        wait_until(lambda: self.states(job) == states, f"job {job} has states {states}", seconds)
+        wait_until(lambda: self.states(job) == states, f"job {job} has states {states}")
 
 
 def stand_in(folder: Path, command: str, script: str) -> dict[str, str]:

@@ -20,7 +20,7 @@ from attempts import Attempt, assert_apart, attempts_in, attempts_of_works
 from command import tsbench
 from omegaconf import OmegaConf
 from same_runs import assert_nothing_half_written, assert_same_bytes
-from slurm_cluster import POLL_SECONDS, Cluster, wait_until
+from slurm_cluster import PATIENCE_SECONDS, Cluster, wait_until
 from training import start_command
 
 from bench.files import read_json
@@ -30,7 +30,7 @@ from slurm.profile import FOLDER
 from slurm.states import Known, Status
 from slurm.sweep import Sweep
 
-PATIENCE_SECONDS = 180.0  # for what takes seconds on an idle machine
+LOOK_SECONDS = 0.5  # between two looks at all runs and the queue: more often, the jobs wait for who looks
 BASE = {
     "model": {"depth": 1, "width": 16, "num_heads": 2},
     "train": {"batch_size": 8, "ema_half_life_images": 300},
@@ -112,7 +112,7 @@ class TinySuite:
             process.join()
         if jobs := self.cluster.run("squeue", "--noheader", "--format=%A").split():
             self.cluster.run("scancel", *sorted(set(jobs)))
-        wait_until(self.queue_is_empty, "the queue is empty after a test", 60)
+        wait_until(self.queue_is_empty, "the queue is empty after a test")
 
     def sweep(self, *options: str, code: int = 0) -> str:
         """`tsbench sweep` in this process, which saves the seconds that Python needs to load; what it prints, errors last."""
@@ -162,7 +162,7 @@ class TinySuite:
                 return statuses
             if time.monotonic() > deadline:
                 raise TimeoutError(f"not {', '.join(wanted)} within {seconds:g} s, but {statuses}")
-            time.sleep(POLL_SECONDS)
+            time.sleep(LOOK_SECONDS)
 
     def wait_for_images(self, num_images: float, place: Path | None = None) -> None:
         """Until the only run, or what works in that folder, has seen that many, as its heartbeat says."""

@@ -3,7 +3,9 @@
 `no_slurm` and `swept` are fixtures, offered to all tests by conftest.py.
 """
 
+import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +82,4 @@ def hold_elsewhere(folder: Path) -> None:
     (folder / "lease").mkdir()
     holder = {"token": "t", "host": "elsewhere", "boot_id": "b", "node": "elsewhere", "pid": 1, "cluster": "", "job": ""}
     write_json_atomically(folder / "lease" / "t.json", {**holder, "num_restarts": 0, "flock": False, "taken": "2030-01-01"})
+    os.utime(folder / "lease" / "t.json", (time.time() + 3600,) * 2)  # it does not expire while a slow machine looks at it

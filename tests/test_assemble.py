@@ -12,8 +12,7 @@ import torch
 from apart import APART, AVERAGED, NUM_EXPERTS, assembled, train_apart, trainer_of
 from helpers import randomise
 from safetensors import safe_open
-from test_distributed import free_port
-from training import PROCESSES, Crash, crash_after, differing, exit_codes_of, rows, saved, state_of, tiny_trainer
+from training import PROCESSES, Crash, crash_after, differing, exit_codes_of, free_port, rows, saved, state_of, tiny_trainer
 
 from bench import assemble, checkpoint, experts
 from bench.distributed import world_from_environment
@@ -146,7 +145,7 @@ def test_two_ranks_train_and_assemble_what_two_ranks_train_together(tmp_path: Pa
     ranks = [PROCESSES.Process(target=work, args=(rank, port, tmp_path)) for rank in range(2)]
     for process in ranks:
         process.start()
-    assert exit_codes_of(ranks, seconds=120) == [0, 0]
+    assert exit_codes_of(ranks) == [0, 0]
     assert not differing(saved(tmp_path / "whole")[0], saved(tmp_path / "run")[0])
     assert rows(tmp_path / "whole") == rows(tmp_path / "run")
 

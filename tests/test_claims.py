@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from training import PROCESSES
+from training import PATIENCE_SECONDS, PROCESSES
 
 from bench.files import write_json_atomically
 from bench.lease import this_machine
@@ -77,9 +77,9 @@ def test_of_many_launchers_at_once_each_work_is_taken_by_one(tmp_path: Path) -> 
     processes = [PROCESSES.Process(target=launch, args=(tmp_path, token, barrier, results)) for token in tokens]
     for process in processes:
         process.start()
-    taken = dict(results.get(timeout=60) for _ in processes)
+    taken = dict(results.get(timeout=PATIENCE_SECONDS) for _ in processes)
     for process in processes:
-        process.join(60)
+        process.join(PATIENCE_SECONDS)
         assert process.exitcode == 0
     names = [f"run{n}" for n in range(NUM_WORKS)]
     assert sorted(name for of_one in taken.values() for name in of_one) == sorted(names)

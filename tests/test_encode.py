@@ -101,7 +101,7 @@ def test_images_are_read_while_others_are_encoded(
         return own_batch(of_part, indices)
 
     def latents(*arguments: object) -> np.ndarray:
-        assert second_is_read.wait(timeout=20)
+        assert second_is_read.wait(timeout=600)
         return own_latents(*arguments)
 
     monkeypatch.setattr(FolderImages, "batch", batch)

@@ -6,46 +6,42 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 from command import assert_refused, contents, tsbench
-from drawing import write_runs
-from fake_runs import FLOOR_RECORD, NUM_CLASSES, SUITE, fake_images, write_fake_runs
+from fake_runs import FLOOR_RECORD, REAL_IMAGES, REAL_NAMES, SUITE, write_fake_runs
 
-from bench import provenance, show, tables, tidy
-from bench.keep import NUM_SAMPLES, RealImages, keep, read_real_images
-from bench.plots import figures_of, make_figures
+from bench import plots, provenance, show, tables, tidy
+from bench.keep import NUM_SAMPLES, RealImages, changes, keep, read_real_images
 from bench.runs import Run, find_runs, read_run
 
-pytestmark = pytest.mark.xdist_group("keep")  # what its tests look at is made once, not by every worker
-NAMES = [str(i) for i in range(NUM_CLASSES)]
-REAL = RealImages(fake_images(np.random.default_rng(1), 60), NAMES)
+pytestmark = pytest.mark.xdist_group("plots")  # what its tests look at is made once, not by every worker
+FEW = ("fid_vs_images", "throughput", "samples", "training_loss", "heldout_loss")
+REAL = RealImages(REAL_IMAGES, REAL_NAMES)
 QUIET: Callable[[str], None] = lambda _: None  # noqa: E731
 
 
 def commit(runs: list[Run], folder: Path) -> None:
-    """As `tsbench collect --keep-runs`, `tables` and `plots` leave it."""
+    """As `tsbench collect --keep-runs` and `tables` leave it."""
     folder.mkdir()
     (folder / "floor.json").write_text(json.dumps(FLOOR_RECORD))
     keep(runs, folder, REAL)
     results = tidy.gather(runs, FLOOR_RECORD)
     tables.write_tables(tables.comparisons(results.frame, SUITE), results, folder)
-    images, names = REAL
-    make_figures(runs, SUITE, folder / "figures", floor=FLOOR_RECORD, real_images=images, class_names=names, report=QUIET)
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(tmp_path_factory: pytest.TempPathFactory, with_figures: Path) -> Path:
     """`runs`: as training leaves them; `committed`: what is kept of them, with results, tables and figures."""
     root = tmp_path_factory.mktemp("made")
-    runs = write_runs(root)
-    for run in runs:
+    shutil.copytree(with_figures / "runs", root / "runs")
+    for run in find_runs(root):
         (run.path / "checkpoints").mkdir()
         (run.path / "checkpoints" / "step-1.safetensors").write_bytes(bytes(1000))
         (run.path / "log.txt").write_text("a long story")
         provenance = {**run.provenance, "command": ["/here/tsbench"], "diff": "secret", "code_files": {"bench/a.py": "12"}}
         (run.path / "provenance.json").write_text(json.dumps(provenance))
     commit(find_runs(root), root / "committed")
+    shutil.copytree(with_figures / "figures", root / "committed" / "figures")
     return root
 
 
@@ -58,13 +54,18 @@ def folder(made: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def made_small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("small")
-    commit(write_fake_runs(root / "made", SUITE["methods"][:2], range(3)), root / "committed")
+    runs, figures = write_fake_runs(root / "made", SUITE["methods"][:2], range(3)), root / "committed" / "figures"
+    commit(runs, root / "committed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "FIGURES", {name: plots.FIGURES[name] for name in FEW})
+        plots.make_figures(runs, SUITE, figures, floor=FLOOR_RECORD, real_images=REAL_IMAGES, class_names=REAL_NAMES)
     return root / "committed"
 
 
 @pytest.fixture
-def small(made_small: Path, tmp_path: Path) -> Path:
-    """A committed folder of two methods with three seeds, whose figures are few."""
+def small(made_small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A committed folder of two methods with three seeds, while few kinds of figures are made."""
+    monkeypatch.setattr(plots, "FIGURES", {name: plots.FIGURES[name] for name in FEW})
     return Path(shutil.copytree(made_small, tmp_path / "small"))
 
 
@@ -77,9 +78,9 @@ def test_figures_and_results_of_what_is_kept_are_those_of_the_runs(made: Path) -
     own, again = tidy.gather(full, FLOOR_RECORD), tidy.gather(kept, FLOOR_RECORD)
     assert tidy.result_files(own) == tidy.result_files(again)
     real = read_real_images(made / "committed")
-    assert real is not None and real.images is not None and real.class_names == NAMES and len(real.images) == NUM_SAMPLES
-    options = {"floor": FLOOR_RECORD, "class_names": NAMES, "report": QUIET}
-    of_kept = figures_of(kept, SUITE, real_images=real.images, **options)  # type: ignore[arg-type]
+    assert real is not None and real.images is not None and real.class_names == REAL_NAMES and len(real.images) == NUM_SAMPLES
+    options = {"floor": FLOOR_RECORD, "class_names": REAL_NAMES, "report": QUIET}
+    of_kept = plots.figures_of(kept, SUITE, real_images=real.images, **options)  # type: ignore[arg-type]
     assert set(of_kept.files) > {
         "samples.png",
         "trajectories.pdf",
@@ -130,10 +131,10 @@ def check(folder: Path, pictures: bool = False) -> list[str]:
     return show.check(folder, SUITE, pictures=pictures).faults
 
 
-def test_what_was_committed_follows_and_pictures_do_too(folder: Path) -> None:
-    checked = show.check(folder, SUITE)
+def test_what_was_committed_follows_and_pictures_do_too(small: Path) -> None:
+    checked = show.check(small, SUITE)
     assert checked.faults == [] and checked.unchecked == ["not checked without --pictures: PNG and PDF files"]
-    assert show.check(folder, SUITE, pictures=True) == ([], [])
+    assert show.check(small, SUITE, pictures=True) == ([], [])
 
 
 FILES_OF_A_RUN = ["config.yaml", "eval.json", "curve.json", "summary.json", "provenance.json", "diagnostics.npz", "done"]
@@ -146,16 +147,15 @@ def test_a_changed_file_of_a_run_is_named(folder: Path) -> None:
     for name in FILES_OF_A_RUN:
         content = (run / name).read_bytes()
         (run / name).write_bytes(content[:-1] + bytes([(content[-1:] or b"0")[0] ^ 1]))
-        checked = show.check(folder, SUITE)
-        assert checked.faults == [f"{run / name} is not as it was kept"], name
-        assert checked.unchecked == [
-            "not checked, as not all runs are as they were kept: whether results.csv and figures follow from the runs"
-        ]
+        assert changes(folder) == [f"{run / name} is not as it was kept"], name
         (run / name).unlink()
-        assert check(folder) == [f"{run / name} is missing"]
+        assert changes(folder) == [f"{run / name} is missing"]
         (run / name).write_bytes(content)
     (run / "more.json").write_text("{}")
-    assert check(folder) == [f"{run / 'more.json'} is not among what was kept"]
+    assert show.check(folder, SUITE) == (
+        [f"{run / 'more.json'} is not among what was kept"],
+        ["not checked, as not all runs are as they were kept: whether results.csv and figures follow from the runs"],
+    )
 
 
 def test_a_missing_run_and_one_that_was_added_are_named(folder: Path) -> None:

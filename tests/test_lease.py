@@ -4,11 +4,13 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from leases import BUSY, ROOT, SLURM, leave_behind, token_of, wait_until
+from leases import BUSY, PATIENCE_SECONDS, ROOT, SLURM, leave_behind, token_of, wait_until, wait_until_renewed
 
 from bench import lease
 from bench.lease import LeaseLost, hold, read
@@ -31,10 +33,10 @@ def test_a_run_is_held_once_and_nothing_is_left_of_it(folder: Path) -> None:
     with hold(folder) as held:
         holder = read(folder)
         assert holder is not None and holder.pid == os.getpid() and (holder.host, holder.boot_id) == HERE
-        assert holder.flock and not holder.expired and 0 <= holder.renewed_seconds_ago < 5
+        assert holder.flock and not holder.expired and 0 <= holder.renewed_seconds_ago < 60
         before = {path.name for path in folder.rglob("*")}
         with (
-            pytest.raises(ValueError, match=rf"^run abc {BUSY} \(process {os.getpid()} on .*, renewed \d s ago\): wait"),
+            pytest.raises(ValueError, match=rf"^run abc {BUSY} \(process {os.getpid()} on .*, renewed \d+ s ago\): wait"),
             hold(folder),
         ):
             pass
@@ -60,7 +62,7 @@ def test_the_holder_is_named_as_slurm_names_it(folder: Path, monkeypatch: pytest
     with hold(folder):
         holder = read(folder)
         assert holder is not None and (holder.job, holder.num_restarts, holder.cluster) == ("12_3", 2, "big")
-        with pytest.raises(ValueError, match=r"\(job 12_3 on n4, renewed 0 s ago\)"), hold(folder):
+        with pytest.raises(ValueError, match=r"\(job 12_3 on n4, renewed \d+ s ago\)"), hold(folder):
             pass
     monkeypatch.delenv("SLURM_ARRAY_JOB_ID")
     assert lease.this_process().job == "15"
@@ -76,16 +78,15 @@ def test_a_lease_stays_where_it_is_when_the_process_goes_elsewhere(tmp_path: Pat
 
 def test_a_lease_is_renewed_and_only_while_it_is_held(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "RENEW_SECONDS", 0.05)
+    others = set(threading.enumerate())
     with hold(folder):
         path = folder / "lease" / f"{token_of(folder)}.json"
-        for _ in range(2):
-            os.utime(path, (0, 0))
-            wait_until(lambda: path.stat().st_mtime > 0)
+        wait_until_renewed(path, times=2)
+        (keeper,) = set(threading.enumerate()) - others
     path.parent.mkdir()
-    path.touch()
-    os.utime(path, (0, 0))
-    time.sleep(0.3)
-    assert path.stat().st_mtime == 0
+    path.touch()  # whoever renews would go on
+    keeper.join(PATIENCE_SECONDS)
+    assert not keeper.is_alive()
 
 
 def test_clearing_a_run_removes_what_killed_takers_left(folder: Path) -> None:
@@ -178,13 +179,17 @@ def test_a_lease_that_cannot_be_renewed_is_lost_when_others_may_take_it(folder: 
 
 def test_a_failing_renewal_counts_from_the_last_that_worked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "RENEW_SECONDS", 0.05)
-    monkeypatch.setattr(lease, "EXPIRE_SECONDS", 1.0)
+    now = [0.0]
+    monkeypatch.setattr(lease, "time", SimpleNamespace(**{**vars(time), "monotonic": lambda: now[0]}))
 
     def cut_off(*_: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
     with hold(folder) as held:
-        time.sleep(1.2)
+        now[0] = 100.0
+        wait_until_renewed(folder / "lease" / f"{token_of(folder)}.json", times=3)
         monkeypatch.setattr(os, "utime", cut_off)
+        now[0] = 100.0 + lease.EXPIRE_SECONDS
         held.check()
+        now[0] += 1
         wait_until(lambda: held.lost)

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("outside_slurm")
 
 
 GONE: dict[str, tuple[dict[str, Any], bool]] = {
-    "renewed by another machine": ({**FOREIGN, "seconds_ago": 110}, False),
+    "renewed by another machine": ({**FOREIGN, "seconds_ago": 60}, False),
     "not renewed by another machine": ({**FOREIGN, "seconds_ago": 130}, True),
     "died on this machine": ({}, True),
     "before this machine was started again": ({"boot_id": "the boot before"}, False),
@@ -60,7 +60,7 @@ def test_the_clock_is_the_file_systems(folder: Path, monkeypatch: pytest.MonkeyP
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 86400)
     leave_behind(folder, **FOREIGN)
-    with pytest.raises(ValueError, match="renewed 5 s ago"), hold(folder):
+    with pytest.raises(ValueError, match=r"renewed \d\d? s ago"), hold(folder):
         pass
     (path,) = (folder / "lease").iterdir()
     os.utime(path, (now - 130, now - 130))

@@ -11,6 +11,7 @@ import pytest
 from slurm_cluster import (
     MACHINE_LACKS_SOMETHING,
     MARK,
+    PATIENCE_SECONDS,
     SCRIPT,
     Cluster,
     free_ports,
@@ -27,7 +28,7 @@ DAEMONS = ["munged", "mariadbd", "slurmdbd", "slurmctld", "n1", "n2", "n3", "n4"
 # Each task of an array says where it runs, and waits until all eight have: then all eight run at once.
 MEET = """
 echo "$SLURMD_NODENAME $CUDA_VISIBLE_DEVICES" > {folder}/$SLURM_ARRAY_TASK_ID
-for _ in $(seq 300); do [ $(ls {folder} | wc -l) -lt 8 ] || exit 0; sleep 0.1; done
+for _ in $(seq 3000); do [ $(ls {folder} | wc -l) -lt 8 ] || exit 0; sleep 0.1; done
 exit 1
 """
 # Each task says its job, its node, its rank, and to what the first node's name resolves there.
@@ -223,7 +224,13 @@ def test_without_root_it_starts_runs_and_leaves_nothing() -> None:
     def as_user(*command: str, **settings: str) -> subprocess.CompletedProcess[str]:
         environment = {"PATH": os.environ["PATH"], "HOME": place, **settings}
         return subprocess.run(
-            [*drop, *command], cwd=place, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
+            [*drop, *command],
+            cwd=place,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_SECONDS,
         )
 
     with tempfile.TemporaryDirectory(prefix="tsbench-") as place:

@@ -7,18 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 from drawing import LABELS, write_runs
-from fake_runs import FLOOR_RECORD, NUM_CLASSES, SUITE, fake_images, write_fake_run, write_fake_runs
+from fake_runs import FLOOR_RECORD, REAL_NAMES, SUITE, write_fake_run, write_fake_runs
 from matplotlib.image import imread
 
+from bench import plots
 from bench.figures.style import COLOURS, Material, dress, names_for, settings, spread
 from bench.plots import CAPTIONS, FIGURES, captions_of, figures_of, make_figures
 from bench.runs import find_runs, read_run
 
-NAMES = [str(i) for i in range(NUM_CLASSES)]
 EXPECTED = [
     "fid_vs_flops",
     "fid_vs_images",
@@ -45,59 +44,45 @@ pytestmark = pytest.mark.xdist_group("plots")  # what its tests look at is made 
 PICTURES = {"samples.csv", "trajectories.csv"}
 
 
-def draw_all(root: Path) -> list[Path]:
-    write_runs(root)
-    real = fake_images(np.random.default_rng(1), 60)
-    return make_figures(find_runs(root), SUITE, root / "figures", floor=FLOOR_RECORD, real_images=real, class_names=NAMES)
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("demo")
-    paths = draw_all(root)
-    assert sorted(paths) == sorted((root / "figures").iterdir())
-    return root
-
-
-def test_every_figure_is_made_as_png_pdf_and_csv(demo: Path) -> None:
-    found = {path.name for path in (demo / "figures").iterdir()}
+def test_every_figure_is_made_as_png_pdf_and_csv(with_figures: Path) -> None:
+    found = {path.name for path in (with_figures / "figures").iterdir()}
     assert found == {f"{name}.{suffix}" for name in EXPECTED for suffix in ("png", "pdf", "csv")} - PICTURES | {CAPTIONS}
     for name in EXPECTED:
-        picture = imread(demo / "figures" / f"{name}.png")
+        picture = imread(with_figures / "figures" / f"{name}.png")
         assert picture.shape[1] >= 700 and picture[..., :3].std() > 0.02
 
 
-def test_another_process_gives_the_same_bytes(demo: Path, tmp_path: Path) -> None:
-    code = "import sys; from pathlib import Path; from test_plots import draw_all; draw_all(Path(sys.argv[1]))"
+def test_another_process_gives_the_same_bytes(with_figures: Path, tmp_path: Path) -> None:
+    code = "import sys; from pathlib import Path; from drawing import draw_all; draw_all(Path(sys.argv[1]))"
     environment = {**os.environ, "PYTHONHASHSEED": "12345", "TZ": "Asia/Tokyo", "LC_ALL": "C"}
     subprocess.run([sys.executable, "-c", code, tmp_path / "demo"], cwd=Path(__file__).parent, env=environment, check=True)
-    for path in sorted((demo / "figures").iterdir()):
+    for path in sorted((with_figures / "figures").iterdir()):
         assert (tmp_path / "demo" / "figures" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_pictures_embed_their_fonts_and_hold_no_date(demo: Path) -> None:
-    for path in (demo / "figures").glob("*.pdf"):
+def test_pictures_embed_their_fonts_and_hold_no_date(with_figures: Path) -> None:
+    for path in (with_figures / "figures").glob("*.pdf"):
         content = path.read_bytes()
         assert b"/FontFile2" in content and b"/Subtype /Type3" not in content
         assert b"Date" not in content
-    for path in (demo / "figures").glob("*.png"):
+    for path in (with_figures / "figures").glob("*.png"):
         content = path.read_bytes()
         assert b"tEXt" not in content and b"tIME" not in content
 
 
-def test_every_figure_has_a_caption_of_sentences_in_the_order_of_reading(demo: Path) -> None:
-    captions = captions_of(demo / "figures")
+def test_every_figure_has_a_caption_of_sentences_in_the_order_of_reading(with_figures: Path) -> None:
+    captions = captions_of(with_figures / "figures")
     assert list(captions) == EXPECTED
     for name, caption in captions.items():
         assert 40 < len(caption) < 600 and caption.endswith(".") and "  " not in caption and "nan" not in caption.lower(), name
     assert len(set(captions.values())) == len(EXPECTED)
 
 
-def test_the_data_alone_are_the_same_as_beside_the_pictures(demo: Path) -> None:
-    made = figures_of(find_runs(demo), SUITE, floor=FLOOR_RECORD, class_names=NAMES, only_data=True)
-    assert set(made.files) == {path.name for path in (demo / "figures").glob("*.csv")}
+def test_the_data_alone_are_the_same_as_beside_the_pictures(with_figures: Path) -> None:
+    made = figures_of(find_runs(with_figures), SUITE, floor=FLOOR_RECORD, class_names=REAL_NAMES, only_data=True)
+    assert set(made.files) == {path.name for path in (with_figures / "figures").glob("*.csv")}
     for name, content in made.files.items():
-        assert (demo / "figures" / name).read_bytes() == content
+        assert (with_figures / "figures" / name).read_bytes() == content
 
 
 def test_figures_without_data_are_reported_by_name(tmp_path: Path) -> None:
@@ -109,7 +94,9 @@ def test_figures_without_data_are_reported_by_name(tmp_path: Path) -> None:
     assert [report.split()[1] for report in reports] == list(FIGURES)
 
 
-def test_what_is_no_longer_made_goes_and_what_is_not_ours_stays(tmp_path: Path) -> None:
+def test_what_is_no_longer_made_goes_and_what_is_not_ours_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = ("training_loss", "per_expert_loss", "mixing_coefficients", "mixing_over_training", "channel_masks")
+    monkeypatch.setattr(plots, "FIGURES", {name: FIGURES[name] for name in few})
     runs, figures = write_runs(tmp_path), tmp_path / "figures"
     make_figures([run for run in runs if run.label in ("DTR", "Remix-DiT")], SUITE, figures, report=lambda _: None)
     (figures / "mine.png").write_bytes(b"mine")
@@ -154,8 +141,8 @@ def read(content: bytes) -> pd.DataFrame:
     return pd.read_csv(io.BytesIO(content), dtype={"seeds": str})
 
 
-def test_a_run_keeps_its_look_whatever_else_is_shown(demo: Path) -> None:
-    runs = find_runs(demo)
+def test_a_run_keeps_its_look_whatever_else_is_shown(with_figures: Path) -> None:
+    runs = find_runs(with_figures)
     shown = {each.label: each for each in dress(runs, SUITE)}
     assert list(shown) == LABELS
     assert [each.colour for each in shown.values()] == [entry["colour"] for entry in SUITE["methods"]]
@@ -175,8 +162,8 @@ def test_what_has_no_colour_in_the_suite_gets_one_that_no_other_has(tmp_path: Pa
     assert len({each.colour for each in shown}) == len(LABELS) and shown[0].colour == COLOURS[1]
 
 
-def test_file_names_are_plain_and_differ_where_labels_do(demo: Path) -> None:
-    shown = {each.label: each for each in dress(find_runs(demo), SUITE)}["DTR"]
+def test_file_names_are_plain_and_differ_where_labels_do(with_figures: Path) -> None:
+    shown = {each.label: each for each in dress(find_runs(with_figures), SUITE)}["DTR"]
     labels = ("Mix (a)", "Mix [a]", "Mix a", "混合", "Mix b")
     others = [type(shown)(shown.run, label, shown.colour, shown.line, shown.marker) for label in labels]
     assert names_for("x", others) == ["x_mix_a", "x_mix_a_again1", "x_mix_a_again2", "x_unnamed", "x_mix_b"]
@@ -219,8 +206,8 @@ def test_a_few_far_points_do_not_flatten_the_difference_to_the_baseline(tmp_path
         assert ("lines leave the axis" in axes.get_ylabel()) == (far > 1)
 
 
-def test_seeds_share_one_look_and_one_legend_entry(demo: Path) -> None:
-    shown = [each for each in dress(find_runs(demo), SUITE) if each.label in LABELS[:2]]
+def test_seeds_share_one_look_and_one_legend_entry(with_figures: Path) -> None:
+    shown = [each for each in dress(find_runs(with_figures), SUITE) if each.label in LABELS[:2]]
     assert len(shown) == 4 and len({(each.label, each.colour, each.marker) for each in shown}) == 2
     with settings():
         for name in ("training_loss", "heldout_loss", "fid_vs_flops"):

@@ -54,7 +54,7 @@ def test_every_entry_has_its_costs() -> None:
     assert list(read_costs()) == [(name, run.config.label) for name in NAMES for run in suite_of(name)]
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("small", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["small", "the others"])
 def test_networks_cost_what_the_file_says(small: bool) -> None:
     chosen = [(name, [run for run in suite_of(name) if is_small(run) == small]) for name in NAMES]

@@ -3,7 +3,6 @@
 import dataclasses
 import faulthandler
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from functools import cache
@@ -14,7 +13,7 @@ import pytest
 import torch
 from helpers import randomise
 from torch import Tensor
-from training import PROCESSES, RUNS, exit_codes_of, tiny_config, tiny_data, tiny_trainer
+from training import PROCESSES, RUNS, exit_codes_of, free_port, tiny_config, tiny_data, tiny_trainer
 
 from bench import evaluate, fidelity
 from bench.config import DataConfig, EvaluationConfig
@@ -37,13 +36,11 @@ TINY = ("heldout.images_per_bin=40", "evaluation.num_samples=11", "evaluation.bl
 
 def on_ranks(size: int, work: Callable[[World, Path], None], out: Path) -> None:
     """Do `work` in that many processes; none may fail or hang."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     ranks = [PROCESSES.Process(target=_be_rank, args=(rank, size, port, work, out)) for rank in range(size)]
     for process in ranks:
         process.start()
-    codes = exit_codes_of(ranks, seconds=300)
+    codes = exit_codes_of(ranks)
     assert codes == [0] * size, "\n".join(path.read_text()[:4000] for path in sorted(out.glob("rank*.failure")))
 
 
@@ -111,7 +108,7 @@ def test_every_rank_of_any_number_gets_the_same_bits(kind: str, found: dict[tupl
 def test_what_is_compared_is_all_metrics_at_values_that_could_differ(found: dict[tuple[int, int], dict[str, Any]]) -> None:
     first, second = found[1, 0]["scores"]
     assert first == second
-    assert first.keys() == {*METRICS, "class_accuracy", "n"} and first["n"] == 130
+    assert first.keys() == {*METRICS, "class_accuracy", "n"} - {"sfid"} and first["n"] == 130  # digits have no spatial features
     for name in ("precision", "recall", "class_accuracy"):
         assert 0.05 < first[name] < 0.98, name
     for name in ("fid_train", "fid_heldout", "kid", "nearest_neighbour"):

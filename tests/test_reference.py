@@ -1,12 +1,12 @@
 """Is what samples are compared with computed once, found again by its contents, and never taken from a damaged file?"""
 
 import dataclasses
-import multiprocessing
 from pathlib import Path
 
 import pytest
 import torch
 from test_evaluate import training_images
+from training import PROCESSES, exit_codes_of
 
 from bench import evaluate, fidelity, reference
 from bench.config import DataConfig, EvaluationConfig
@@ -102,13 +102,10 @@ def _score_in(folder: Path, out: Path) -> None:
 
 
 def test_processes_that_begin_together_do_not_disturb_each_other(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
     outs = [tmp_path / f"{i}.txt" for i in range(3)]
-    processes = [context.Process(target=_score_in, args=(tmp_path / "references", out)) for out in outs]
+    processes = [PROCESSES.Process(target=_score_in, args=(tmp_path / "references", out)) for out in outs]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert exit_codes_of(processes) == [0, 0, 0]
     assert len({out.read_text() for out in outs}) == 1
     assert [path.suffix for path in (tmp_path / "references").iterdir()] == [".safetensors"]

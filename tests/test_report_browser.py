@@ -17,6 +17,7 @@ from bench.tables import write_tables
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e .[dev]")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: apt-get install chromium")
+PATIENCE_MS = 600_000  # for what takes a second on an idle machine
 WIDTHS = (360, 1400)
 SCHEMES = ("light", "dark")
 CONTRAST = 4.5  # of text to what is behind it, by the web's guidelines
@@ -81,13 +82,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Material]:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])  # as root there is none
+        arguments = ["--no-sandbox"]  # as root there is none
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments, timeout=PATIENCE_MS)
         yield chromium
         chromium.close()
 
 
 def open_page(browser: Any, path: Path, fragment: str = "", width: int = 1400, **options: Any) -> Opened:
     page = browser.new_page(viewport={"width": width, "height": 900}, **options)
+    page.set_default_timeout(PATIENCE_MS)
     complaints: list[str] = []
     page.on("console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: complaints.append(str(error)))

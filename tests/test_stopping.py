@@ -41,14 +41,22 @@ def test_others_are_not_listened_to() -> None:
 
 
 def test_what_is_interrupted_goes_on() -> None:
-    """A sleep is slept to its end, as is what writes a file."""
-    stop = StopFlag().listen(signal.SIGTERM)
-    timers = [threading.Timer(delay, os.kill, (os.getpid(), signal.SIGTERM)) for delay in (0.05, 0.1)]
-    started = time.monotonic()
-    for timer in timers:
-        timer.start()
-    time.sleep(0.3)
-    assert time.monotonic() - started >= 0.3 and stop.received == [signal.SIGTERM] * 2
+    """What waits for a line still gets it, as what writes a file gets to its end."""
+    stop, (reading, writing) = StopFlag().listen(signal.SIGTERM), os.pipe()
+
+    def signal_twice_and_write() -> None:
+        for number in (1, 2):
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+            end = time.monotonic() + 60
+            while len(stop.received) < number and time.monotonic() < end:
+                time.sleep(0.05)
+        os.write(writing, b"line")
+
+    (other := threading.Thread(target=signal_twice_and_write)).start()
+    line = os.read(reading, 100)
+    other.join()
+    os.close(reading), os.close(writing)
+    assert line == b"line" and stop.received == [signal.SIGTERM] * 2
 
 
 def test_a_second_ctrl_c_ends_at_once_and_a_second_warning_does_not() -> None:

@@ -69,7 +69,7 @@ def test_a_time_limit_interrupts_and_the_same_job_goes_on(tiny_suite: TinySuite)
     (name,) = tiny_suite.status().jobs
     (task,) = tasks_of(name)
     os.kill(task, signal.SIGSTOP)
-    wait_until(lambda: is_warned(task), f"job {name} is warned", 90)
+    wait_until(lambda: is_warned(task), f"job {name} is warned")
     with suppress(ProcessLookupError):
         os.kill(task, signal.SIGCONT)
     status = tiny_suite.wait_for("queued")[tiny_suite.run_folder().name]

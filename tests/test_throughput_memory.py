@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from timing import PLAIN
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.nn import Parameter
 from training import UNMEASURED
 
@@ -58,22 +58,22 @@ def test_where_ours_does_without_the_fused_kernel_it_keeps_them() -> None:
 def test_who_rests_holds_what_was_counted(method: str) -> None:
     """Mixed weights are kept from step to step, and the sampler has its own: with two bases that is a fifth of all."""
     contestant = Contestant(method, "2x256x4/8", 4)
-    held, before = count_of(contestant, Setup()).need.held, set(alive())
+    held, before = count_of(contestant, Setup()).need.held, alive()  # which stay alive, so that no other gets their address
     entrant = Entrant(contestant, Setup(), UNMEASURED, PLAIN)
     images = entrant.trainer.data.train.batch(torch.arange(1024))[0].nbytes
-    found = sum(size for place, size in alive().items() if place not in before) - images
+    found = sum(storage.nbytes() for place, storage in alive().items() if place not in before) - images
     bases = {id(p) for module in entrant.trainer.method.modules() if isinstance(module, Bases) for p in module.parameters()}
     freed = sum(p.nbytes for p in entrant.trainer.method.parameters() if id(p) not in bases)  # gradients
     assert 0.97 * held <= found + freed <= 1.03 * held
 
 
-def alive() -> dict[int, int]:
-    """Address -> bytes of every storage that a tensor has; not of what compiling left behind, which has no memory."""
+def alive() -> dict[int, UntypedStorage]:
+    """Every storage that a tensor has, by its address; not of what compiling left behind, which has no memory."""
     gc.collect()
-    found: dict[int, int] = {}
+    found: dict[int, UntypedStorage] = {}
     for tensor in (each for each in gc.get_objects() if type(each) in (Tensor, Parameter) and not each.is_meta):
         with suppress(RuntimeError):  # of a tensor that stands for another
-            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
     return found
 
 

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import socket
 import sys
 import time
 from functools import cache
@@ -39,8 +40,10 @@ NUM_TIMESTEPS = 40
 SETTINGS = (
     "model.depth=2 model.width=16 model.num_heads=2 model.mlp_ratio=2 "
     f"diffusion.num_timesteps={NUM_TIMESTEPS} train.batch_size=8 budget.amount=96 "
-    "heldout.bins=4 heldout.images_per_bin=3 heldout.points=2 system.log_every=2 system.checkpoint_every=4"
+    "heldout.bins=4 heldout.images_per_bin=3 heldout.points=2 system.log_every=2 system.checkpoint_every=4 "
+    "system.checkpoint_every_seconds=1e9"
 ).split()
+PATIENCE_SECONDS = 1200.0  # for what takes seconds on an idle machine: by then it hangs
 UNMEASURED = Cost(0.0, 1.0, 1.0)  # for tests that do not ask what a step costs
 
 
@@ -135,6 +138,18 @@ def crash_after(trainer: Trainer, num_steps: int) -> None:
     raise AssertionError("the run was over before it could crash")
 
 
+RESERVED: list[socket.socket] = []
+
+
+def free_port() -> int:
+    """One at which processes may listen. Nobody else is given it while this process lives, as it stays bound here."""
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind(("127.0.0.1", 0))
+    RESERVED.append(reserved)
+    return int(reserved.getsockname()[1])
+
+
 # Processes of their own. The server has imported everything once; each is forked from it, so it starts at once.
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -156,7 +171,7 @@ def _run_command(arguments: tuple[str, ...], environment: dict[str, str], folder
     sys.exit(cli.main(list(arguments)))
 
 
-def exit_codes_of(processes: list[multiprocessing.process.BaseProcess], seconds: float) -> list[int | None]:
+def exit_codes_of(processes: list[multiprocessing.process.BaseProcess], seconds: float = PATIENCE_SECONDS) -> list[int | None]:
     """Wait for all; those that are not done after `seconds` are killed (their code is then that of the signal)."""
     deadline = time.monotonic() + seconds
     for process in processes:
