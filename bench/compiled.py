@@ -24,8 +24,7 @@ def compile_blocks(method: Method, setting: str, device: torch.device, backend: 
     """From now on, as `system.compile` says. ValueError where it cannot be done."""
     if setting == "none":
         return
-    if setting == "cuda_graphs" and device.type != "cuda":
-        raise ValueError(f"system.compile is cuda_graphs, which need a GPU, and system.device is {device}: choose blocks or none")
+    check_device(setting, device)
     if not blocks_of(method):
         raise ValueError(
             f"system.compile is {setting}, but {type(method).__name__} has no list of blocks to be compiled: set it to none"
@@ -34,6 +33,12 @@ def compile_blocks(method: Method, setting: str, device: torch.device, backend: 
     for block in blocks_of(method):
         fast = torch.compile(block.forward, fullgraph=True, backend=backend, mode=mode)
         block.forward = _in_training(block, fast)  # type: ignore[method-assign]
+
+
+def check_device(setting: str, device: torch.device) -> None:
+    """ValueError where the setting needs another."""
+    if setting == "cuda_graphs" and device.type != "cuda":
+        raise ValueError(f"system.compile is cuda_graphs, which need a GPU, and system.device is {device}: choose blocks or none")
 
 
 def begin_step(setting: str) -> None:

@@ -1,5 +1,7 @@
 """Does a row say what was timed, and are rates and ratios counted as it says? No test is of a speed."""
 
+import weakref
+
 import pytest
 import torch
 from timing import PLAIN, SIZE
@@ -9,7 +11,7 @@ from bench.throughput.contest import Contestant, Setup, contestants
 from bench.throughput.count import count_of
 from bench.throughput.entrant import Entrant
 from bench.throughput.measure import Task, measure_all
-from bench.throughput.rows import SAMPLING, TRAINING
+from bench.throughput.rows import SAMPLING, TRAINING, Timed
 
 pytestmark = pytest.mark.xdist_group("throughput")  # what its tests look at is made once, not by every worker
 
@@ -48,6 +50,7 @@ def test_rates_follow_from_the_step(rows):
         per_image = 6 if row["what"] == TRAINING else 2 * 2  # guided: both halves
         steps = 1 if row["what"] == TRAINING else 250
         assert row["images_per_second"] == pytest.approx(4 / row["step_seconds"] / steps)
+        assert row["sampling_steps"] == (None if row["what"] == TRAINING else steps)
         assert row["flops_per_second"] == pytest.approx(4 * per_image * macs[row["method"]] / row["step_seconds"])
         assert row["mfu"] == pytest.approx(row["flops_per_second"] / row["peak_flops_per_second"])
         assert row["vendor_flops_per_second"] is None and row["mfu_of_vendor_peak"] is None
@@ -66,6 +69,55 @@ def test_one_that_does_not_fit_is_a_row_that_says_so(monkeypatch):
     assert found[TRAINING, "dtr"]["note"].startswith("out of memory: CUDA out of memory. Tried")
     assert found[TRAINING, "dtr"]["step_seconds"] is None and found[TRAINING, "dtr"]["speed_over_dense"] is None
     assert found[TRAINING, "dense"]["step_seconds"] > 0
+
+
+def test_a_look_that_runs_out_of_memory_takes_nothing_of_what_was_timed():
+    told, seen = [], []
+
+    def look(entrant):
+        seen.append(entrant.contestant.plain)
+        if entrant.contestant.plain:
+            raise torch.OutOfMemoryError("full")
+
+    chosen = contestants(["dense"], [SIZE], [2], ["fp32"], "none")
+    rows = measured(chosen, Task(Setup(), PLAIN, ["naive"], 1, watch=told.append, look=look))
+    assert len(rows) == 4 and all(row["step_seconds"] > 0 for row in rows) and seen == [True, False]
+    assert all(row["peak_memory_bytes"] > 0 for row in rows if row["what"] == TRAINING)
+    assert told[-1] == f"not looked at dense {SIZE} batch 2 fp32 naive: out of memory: full"
+
+
+def test_the_peak_is_measured_again_when_nothing_is_held_any_more(monkeypatch):
+    """A GPU that contestants have filled would have no room for the matrices."""
+    alive, entrants, peaks = [], [], iter([3.0, 5.0])
+
+    def build(*arguments):
+        entrant = Entrant(*arguments)
+        entrants.append(weakref.ref(entrant))
+        return entrant
+
+    def peak(device, precision):
+        alive.append(sum(entrant() is not None for entrant in entrants))
+        return next(peaks)
+
+    monkeypatch.setattr(measure, "Entrant", build)
+    monkeypatch.setattr(measure, "measure_peak", peak)
+    rows = measured(contestants(["dense"], [SIZE], [2], ["fp32"], "none"), Task(Setup(), PLAIN, ["naive"], 1))
+    assert alive == [0, 0] and len(entrants) == 2
+    assert {row["peak_flops_per_second"] for row in rows} == {5.0}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_turns_begin_with_a_call_that_is_not_timed_on_a_gpu_alone(monkeypatch, device):
+    asked = []
+
+    def turns(runs, *others, opening):
+        asked.append(opening)
+        return {}, {}
+
+    monkeypatch.setattr(measure, "_build", lambda *_: ({}, {}))
+    monkeypatch.setattr(measure, "time_in_turns", turns)
+    measure._time_entrants(Timed([]), Task(Setup(device), PLAIN), {})
+    assert asked == [device == "cuda"] * 2
 
 
 def test_nothing_is_timed_before_all_is_allowed(monkeypatch):

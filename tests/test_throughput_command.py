@@ -20,7 +20,7 @@ from methods.naive_parts import PARTS
 FACTS = ("device", "threads", "date", "commit", "dirty", "torch", "cuda", "driver", "python", "settings")
 COLUMNS = (
     *("what", "method", "code", "size", "batch_size", "precision", "compile", "beside", "note", "rounds"),
-    *("step_seconds", "step_seconds_low", "step_seconds_high", "guidance_scale", "images_per_second"),
+    *("step_seconds", "step_seconds_low", "step_seconds_high", "guidance_scale", "sampling_steps", "images_per_second"),
     *("forward_macs_per_image", "flops_per_second", "mfu", "mfu_of_vendor_peak"),
     *("peak_flops_per_second", "vendor_flops_per_second"),
     *("speed_over_naive", "speed_over_naive_low", "speed_over_naive_high", "peak_memory_bytes", "memory"),
@@ -82,6 +82,15 @@ def test_each_part_is_kept_when_it_is_done(tmp_path, monkeypatch, capsys):
     assert set(pd.read_csv(out)["what"]) == {first} and first in capsys.readouterr().out
 
 
+def test_what_is_asked_for_twice_is_timed_once(tmp_path, monkeypatch):
+    first = next(iter(PARTS))
+    monkeypatch.setattr("methods.naive_parts.PARTS", {first: PARTS[first]})
+    monkeypatch.setattr("bench.throughput.parts.LOADERS", {})
+    out = tmp_path / "parts.csv"
+    assert throughput("--parts", *TINY, "--precision", "fp32", "bf16", "fp32", "--batch", "4", "4", "--out", str(out)) == 0
+    assert list(pd.read_csv(out)["precision"]) == ["fp32", "fp32", "bf16", "bf16"]  # ours, and plain
+
+
 def test_nothing_is_written_where_nothing_was_timed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure, "Entrant", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert throughput(*TINY, "--methods", "dense", "--out", str(tmp_path / "cpu.csv")) == 130
@@ -103,6 +112,10 @@ def test_nothing_is_written_where_nothing_was_timed(tmp_path, monkeypatch, capsy
         (("--out", "figures.png"), "ends in .csv"),
         (("--device", "cuda:99"), "cannot be used here"),
         (("--compile", "everything"), "system.compile is 'everything'"),
+        (("--compile", "cuda_graphs"), "system.compile is cuda_graphs, which need a GPU"),
+        (("evaluation.sampler=dpm_solver",), "evaluation.sampler is dpm_solver"),
+        (("--methods", "dense", "train.beta2=0.9"), "--methods is given train.beta2=0.9, which is a setting"),
+        (("--against", "train.beta2=0.9"), "--against is given train.beta2=0.9, which is a setting"),
         (("model.widht=3",), "no setting model.widht"),
         (("train.batch_size=64",), "train.batch_size is what --batch says: give that"),
         (("--parts", "--methods", "dense"), "leave out"),
@@ -116,7 +129,16 @@ def test_what_is_not_allowed_is_refused_in_one_sentence(arguments, words, capsys
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--compile", "everything"), ("--against", "other"), ("model.widht=3",), ("--out", "/dev/null/rows.csv")],
+    [
+        ("--compile", "everything"),
+        ("--compile", "cuda_graphs"),
+        ("--against", "other"),
+        ("model.widht=3",),
+        ("evaluation.sampler=dpm_solver",),
+        ("--out", "/dev/null/rows.csv"),
+        ("--out", "/proc/rows.csv"),  # a folder that is there, and in which nobody can make a file
+        ("--profile", "/proc"),
+    ],
     ids=" ".join,
 )
 def test_a_refusal_comes_before_anything_that_takes_time(arguments, capsys):
@@ -166,6 +188,19 @@ def test_plain_code_stands_beside_ours_where_that_is_compiled_and_whiskers_lie_o
     middles = sorted(patch.get_y() + patch.get_height() / 2 for patch in axes.patches if patch.get_width() > 0)
     places = sorted(line.get_ydata()[0] for line in axes.lines if len(line.get_xdata()) == 2)
     assert len(places) == 4 and np.allclose(middles[-4:], places)
+
+
+@pytest.mark.parametrize(("scale", "unit", "told"), [(1.0, "", "without guidance"), (1.5, "guided ", "guided with scale 1.5")])
+def test_images_of_a_sampling_step_are_of_all_steps(scale, unit, told):
+    sampled = row("one", "ours", 0.5, what="sampling step", guidance_scale=scale, sampling_steps=250)
+    frame = frame_of([row("one", "ours", 0.5), sampled], {"device": "a device"})
+    with style.settings():
+        (drawn,) = speed(frame, "cpu")
+    assert [axes.get_xlabel() for axes in drawn.figure.axes] == ["images/s", f"images/s of 250 {unit}steps"]
+    console = Console(width=140)
+    with console.capture() as captured:
+        console.print(to_rich(frame))
+    assert f"Images/s of sampling are of 250 steps an image, {told}" in captured.get()
 
 
 def test_a_baseline_is_drawn_once():

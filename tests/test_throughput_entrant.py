@@ -69,6 +69,34 @@ def test_a_sampling_step_is_the_samplers(scale):
     assert [size[:2] for size in sizes] == [(4, labels) if scale == 1 else (8, labels + [1000] * 4)]
 
 
+def test_a_flow_is_given_its_own_times():
+    setup = Setup(guidance_scale=1.0, settings=("diffusion.objective=flow", "evaluation.sampler=euler"))
+    entrant = Entrant(Contestant("dense", SIZE, 4), setup, UNMEASURED, PLAIN)
+    config, data, method = entrant.trainer.config, entrant.trainer.data, entrant.trainer.method
+    times, specialise = [], method.specialise
+    method.specialise = lambda interval: lambda x, t, y: times.append(t) or specialise(interval)(x, t, y)
+    sampling_step(method, config, data, torch.device("cpu"))()
+    assert len(times) == 1 and times[0].dtype == torch.float32 and times[0].tolist() == pytest.approx([0.5] * 4, abs=0.01)
+
+
+def test_experts_with_parameters_of_their_own_have_all_their_states():
+    """Else the peak of memory would be without those that no batch met."""
+    trainer = Entrant(Contestant("multi_expert:experts=6", SIZE, 4), Setup(), UNMEASURED, PLAIN).trainer
+    assert all(trainer.optimizer.state[parameter] for parameter in trainer.parameters)
+    shared = Entrant(Contestant("remix_dit:experts=6", SIZE, 4), Setup(), UNMEASURED, PLAIN).trainer
+    assert (trainer.steps_done, shared.steps_done) == (6, 4)
+
+
+def test_cuda_graphs_are_recorded_before_anything_is_timed(monkeypatch):
+    """A first call is as it is, the second records, the third replays: of each expert."""
+    monkeypatch.setattr("bench.throughput.contest.check_device", lambda setting, device: None)
+    monkeypatch.setattr("bench.trainer.compile_blocks", lambda method, setting, device: None)
+    monkeypatch.setattr("bench.trainer.begin_step", lambda setting: None)
+    monkeypatch.setattr(torch, "compile", lambda denoiser, **_: denoiser)
+    contestant = Contestant("multi_expert:experts=2", SIZE, 4, compiled="cuda_graphs")
+    assert Entrant(contestant, Setup(), UNMEASURED, PLAIN).trainer.updates == [3, 3]
+
+
 def test_batches_lie_ready():
     data = synthetic_latents()
     contestant, setup = Contestant("dense", SIZE, 4), Setup()

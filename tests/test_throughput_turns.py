@@ -46,6 +46,22 @@ def test_what_a_device_still_does_counts(monkeypatch):
     assert seconds == {"a": [2.0, 2.0]}
 
 
+def test_what_a_turn_begins_with_is_not_timed_on_a_gpu(monkeypatch):
+    """The first call of a turn takes longer: the allocator has the blocks of the one before."""
+    time, last = Time(monkeypatch), []
+
+    def run(name):
+        time.work(name, 1.0 if last == [name] else 5.0)()
+        last[:] = [name]
+
+    runs = {name: lambda name=name: run(name) for name in "ab"}
+    assert time_in_turns(runs, 2, lambda: None, 2.0)[0] == {"a": [5.0, 5.0], "b": [5.0, 5.0]}
+    time.log.clear()
+    seconds, _ = time_in_turns(runs, 2, lambda: time.log.append("-"), 2.0, opening=True)
+    assert seconds == {"a": [1.0, 1.0], "b": [1.0, 1.0]}
+    assert "".join(time.log) == "a-a-b-b-" + "a-aa-b-bb-" * 2
+
+
 def test_ratios_are_taken_within_rounds():
     """The machine is twice as slow in the second round, which a ratio of medians would not see through."""
     own, baseline = [1.0, 2.0, 1.0], [3.0, 6.0, 3.0]
@@ -61,7 +77,14 @@ def test_the_spread_is_median_and_quartiles():
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory.\nmore"), MemoryError(), RuntimeError("[enforce] can't allocate memory")]
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory.\nmore"),
+        MemoryError(),
+        RuntimeError("[enforce] can't allocate memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported asynchronously"),
+    ],
 )
 def test_one_that_runs_out_of_memory_is_left_out(monkeypatch, error):
     time = Time(monkeypatch)

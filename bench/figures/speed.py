@@ -43,12 +43,19 @@ def _methods(data: pd.DataFrame, name: str) -> Drawn:
         of_kind = data[data["what"] == kind]
         _bars(axes, of_kind, rows, "images_per_second")
         axes.set_title(kind)
-        axes.set_xlabel("images/s")
+        axes.set_xlabel(_unit(of_kind))
         _dress(axes, rows)
     how = set(data.loc[data["code"] == "ours", "compile"])
     compiled = f", ours compiled: {how.pop()}" if len(how) == 1 and how != {"none"} else ""
     figure.suptitle(f"Throughput on {data['device'].iloc[0]}{compiled}")
     return Drawn(name, figure, None)
+
+
+def _unit(data: pd.DataFrame) -> str:
+    if "sampling_steps" not in data or data["sampling_steps"].isna().all():
+        return "images/s"
+    guided = "" if (data["guidance_scale"] == 1).all() else "guided "
+    return f"images/s of {data['sampling_steps'].max():g} {guided}steps"
 
 
 def _parts(data: pd.DataFrame, name: str) -> Drawn:

@@ -16,6 +16,7 @@ Call = Callable[[], object]
 Part = Callable[[str, int, torch.device], tuple[Call, Call]]
 """A size ("S/2"), a batch size and a device -> two calls that compute the same: ours, and that in plain code."""
 MOST_CALLS = 100  # in one turn
+WORDS_OF_MEMORY = ("can't allocate", "CUDA error: out of memory", "ALLOC_FAILED")  # of the host, the driver, and CUDA's libraries
 
 
 class Spread(NamedTuple):
@@ -65,15 +66,19 @@ def time_in_turns(
     wait: Callable[[], None],
     least_seconds: float = 0.0,
     rest: Callable[[Key], object] = lambda key: None,
+    opening: bool = False,
 ) -> tuple[dict[Key, list[float]], dict[Key, str]]:
     """Seconds of one call of each, round by round; and why one was left out: it ran out of memory. All are warm already.
 
-    `rest` frees, after each turn, what one needs in its own turns only.
+    `rest` frees, after each turn, what one needs in its own turns only. `opening`: a turn begins with a call that is not timed,
+    in which a GPU's allocator trades the blocks of the one before for those of this one.
     """
     calls, seconds, failed = dict.fromkeys(runs, 1), {key: [] for key in runs}, {}  # type: ignore[var-annotated]
     for repeat in range(-1, repeats):  # the first round only finds out how many calls make a turn
         for key in [key for key in runs if key not in failed]:
             try:
+                if opening:
+                    runs[key]()
                 if repeat < 0:
                     calls[key] = calls_per_turn(runs[key], wait, least_seconds)
                 else:
@@ -87,8 +92,8 @@ def time_in_turns(
 
 def why_out_of_memory(error: Exception) -> str:
     """One line; any other error is raised again. PyTorch has a class of its own for accelerators alone."""
-    is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate" in str(error)
-    if not is_memory:
+    said = any(words in str(error) for words in WORDS_OF_MEMORY)
+    if not (said or isinstance(error, MemoryError | torch.OutOfMemoryError)):
         raise error
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -7,6 +7,7 @@ of what was done. Times are measured, never tested: another machine gives others
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,7 +81,6 @@ def add_parser(commands: Any, run: Any) -> None:
 
 def run(parsed: argparse.Namespace, plain: "Plain", parts: "Mapping[str, Part]") -> int:
     """`plain` and `parts`: what the methods are timed beside."""
-    from bench.files import make_folder
     from bench.throughput import report
 
     check(parsed)
@@ -89,7 +89,7 @@ def run(parsed: argparse.Namespace, plain: "Plain", parts: "Mapping[str, Part]")
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     measured = parts_rows(parsed, setup, parts) if parsed.parts else method_rows(parsed, setup, plain, console)
     if parsed.out:
-        make_folder(parsed.out.parent)  # or a refusal, before anything takes time
+        folder_to_write(parsed.out.parent)
     rows: list[Row] = []
     paths: list[Path] = []
     try:
@@ -110,6 +110,10 @@ def check(parsed: argparse.Namespace) -> None:
     for name, least in (("repeats", 1), ("threads", 0), ("seconds", 0)):
         if not getattr(parsed, name) >= least:
             raise ValueError(f"--{name} is {getattr(parsed, name)}: give at least {least}")
+    for name in ("methods", "against", "size", "precision"):
+        for word in getattr(parsed, name):
+            if "=" in word.partition(":")[0]:  # what stands behind a colon are a method's options
+                raise ValueError(f"--{name} is given {word}, which is a setting: give settings before all flags, or after --")
     if not parsed.guidance >= 0:
         raise ValueError(f"--guidance is {parsed.guidance}: give a scale of at least 0; 1 is no guidance")
     if parsed.out and (parsed.out.suffix != ".csv" or parsed.out.is_dir()):
@@ -129,7 +133,6 @@ def setup_of(parsed: argparse.Namespace) -> "Setup":
 
 
 def method_rows(parsed: argparse.Namespace, setup: "Setup", plain: "Plain", console: Console) -> "Iterator[list[Row]]":
-    from bench.files import make_folder
     from bench.throughput.contest import config_of, contestants, with_baselines
     from bench.throughput.entrant import Entrant
     from bench.throughput.measure import Task, measure_all
@@ -139,7 +142,7 @@ def method_rows(parsed: argparse.Namespace, setup: "Setup", plain: "Plain", cons
     for contestant in with_baselines(chosen, parsed.against):
         config_of(contestant, setup)  # refuses what is not allowed, before anything takes time
     if parsed.profile:
-        make_folder(parsed.profile)
+        folder_to_write(parsed.profile)
 
     def look(entrant: Entrant) -> None:
         if parsed.profile:
@@ -154,7 +157,19 @@ def parts_rows(parsed: argparse.Namespace, setup: "Setup", parts: "Mapping[str, 
     from bench.throughput.parts import measure_parts
 
     contestants([], parsed.size, parsed.batch, parsed.precision, "none")  # refuses what is not allowed
-    return measure_parts(parts, parsed.size, parsed.batch, parsed.precision, setup, parsed.repeats, parsed.seconds, tell)
+    sizes, batches, precisions = (list(dict.fromkeys(each)) for each in (parsed.size, parsed.batch, parsed.precision))
+    return measure_parts(parts, sizes, batches, precisions, setup, parsed.repeats, parsed.seconds, tell)
+
+
+def folder_to_write(folder: Path) -> None:
+    """It is there afterwards. ValueError, before anything takes time, where nothing can be written into it."""
+    from bench.files import make_folder
+
+    make_folder(folder)
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder} ({error.strerror}): choose a folder that can be written") from None
 
 
 def tell(what: str) -> None:

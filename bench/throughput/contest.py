@@ -6,7 +6,10 @@ from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import NamedTuple
 
+import torch
+
 from bench import job
+from bench.compiled import check_device
 from bench.config import RunConfig
 from bench.settings import flat_settings
 
@@ -115,6 +118,9 @@ def config_of(contestant: Contestant, setup: Setup) -> RunConfig:
     ]
     config = job.make_config({}, [*settings, *setup.settings])
     check_fixed(job.make_config({}, settings), config, {option.partition("=")[0] for option in chosen})
+    check_device(config.system.compile, torch.device(setup.device))
+    if config.evaluation.sampler == "dpm_solver":
+        raise ValueError("evaluation.sampler is dpm_solver, whose steps need those before and are not timed alone: leave it out")
     return config
 
 

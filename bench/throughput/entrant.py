@@ -1,8 +1,9 @@
 """What does a contestant do when it is timed? The trainer's own step, and the sampler's, on latents that lie on the device.
 
 Training: forward, loss, backward, optimiser and average, by `Trainer.step`. Sampling: the specialised network, guided
-with both halves in one batch, and the step of the walk. Batches are drawn before, as training draws them, over up to
-`MOST_BATCHES` of the method's intervals; weights are the initial ones.
+with both halves in one batch, and the step of the walk. Batches and noise are drawn before, as training draws them, over up to
+`MOST_BATCHES` of the method's intervals (over all where each has parameters of its own: their states take memory); weights
+are the initial ones.
 """
 
 import itertools
@@ -19,7 +20,7 @@ from bench.data.source import TensorImages
 from bench.diffusion import guide
 from bench.flops import Cost
 from bench.intervals import interval_of
-from bench.method import Method
+from bench.method import Method, timestep_index
 from bench.randomness import Batch
 from bench.sample import make_sampler
 from bench.shares import draw_shares, intervals_of
@@ -29,6 +30,7 @@ from bench.throughput.memory import Memory
 from bench.trainer import Trainer
 
 MOST_BATCHES = 4
+RECORDING = 3  # calls until CUDA graphs are replayed: one as it is, one that records
 NUM_IMAGES = 1024
 
 
@@ -60,7 +62,8 @@ class Entrant:
         self.contestant, self.trainer = contestant, trainer
         batches = draw_batches(trainer, data)
         self.train = training_step(trainer, batches)
-        for _ in batches:  # each once: states are made and code is compiled when an interval is first met
+        calls = RECORDING if config.system.compile == "cuda_graphs" else 1
+        for _ in range(calls * len(batches)):  # each: states are made and code is compiled when an interval is first met
             self.train()
         self.settle()
         self.peak_memory_bytes, self.memory_kind = memory.peak_bytes(), memory.kind
@@ -81,7 +84,8 @@ class Entrant:
 def draw_batches(trainer: Trainer, data: DataSource) -> list[list[Batch]]:
     """Of the first few steps."""
     batches = []
-    for step in range(min(MOST_BATCHES, max(2, len(trainer.intervals)))):
+    most = len(trainer.intervals) if trainer.method.independent_experts else MOST_BATCHES
+    for step in range(max(2, min(most, len(trainer.intervals)))):
         intervals = intervals_of(step, trainer.method, trainer.config)
         drawn = draw_shares(step, intervals, trainer.shares, trainer.config, data, 0.5)
         batches.append([batch.to(trainer.device) for batch in drawn])
@@ -99,12 +103,12 @@ def sampling_step(method: Method, config: RunConfig, data: DataSource, device: t
     sampler = make_sampler(config.diffusion, config.evaluation, config.model, data)
     walk, size = sampler.walk.of_block(), config.evaluation.block_size
     place = len(walk.times) // 2
-    timestep = int(walk.times[place])
+    time = walk.times[place]  # () int64, or of a flow float
     with torch.no_grad():
-        denoiser = method.specialise(interval_of(timestep, method.intervals))
+        denoiser = method.specialise(interval_of(int(timestep_index(time, config.diffusion.num_timesteps)), method.intervals))
     if config.system.compile_sampling:
-        denoiser = torch.compile(denoiser, dynamic=False)
-    x, t = torch.randn(size, *sampler.image_shape, device=device), torch.full((size,), timestep, device=device)
+        denoiser = torch.compile(denoiser, fullgraph=True, dynamic=False)
+    x, t = torch.randn(size, *sampler.image_shape, device=device), time.to(device).expand(size)
     labels, noise = torch.arange(size, device=device) % data.num_classes, torch.randn_like(x)
     no_label, scale = torch.full_like(labels, data.num_classes), config.evaluation.guidance_scale
     doubled = torch.cat([x, x]), torch.cat([t, t]), torch.cat([labels, no_label])

@@ -1,5 +1,6 @@
 """How is each contestant timed? Beside its baselines if they fit into memory together, all that do in turns."""
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -69,25 +70,36 @@ def _time_together(contestants: Sequence[Contestant], task: Task, counts: Counts
     torch.compiler.reset()  # what was compiled for earlier sizes would count towards the limit on recompiling
     precisions = {contestant.precision for contestant in contestants}
     timed.peaks = {precision: measure_peak(device, precision) for precision in precisions}
-    entrants, refused = _build(contestants, task, counts)
+    _time_entrants(timed, task, counts)
+    gc.collect()  # a GPU that they have filled has room for the matrices again
+    for precision in precisions:  # the machine may have been slower before
+        timed.peaks[precision] = max(timed.peaks[precision], measure_peak(device, precision))
+    return timed
+
+
+def _time_entrants(timed: Timed, task: Task, counts: Counts) -> None:
+    """All but the peaks; nothing of the contestants is left afterwards."""
+    device = torch.device(task.setup.device)
+    wait, on_gpu = synchroniser(device), device.type == "cuda"
+    entrants, refused = _build(timed.contestants, task, counts)
     for what, runs in (
         (TRAINING, {contestant: entrant.train for contestant, entrant in entrants.items()}),
         (SAMPLING, {contestant: entrant.sample for contestant, entrant in entrants.items()}),
     ):
         task.watch(f"timing the {what} of {len(runs)} contestants in turns")
-        wait = synchroniser(device)
         timed.seconds[what], failed = time_in_turns(
-            runs, task.repeats, wait, task.least_seconds, lambda contestant: entrants[contestant].rest()
+            runs, task.repeats, wait, task.least_seconds, lambda contestant: entrants[contestant].rest(), opening=on_gpu
         )
         timed.notes[what] = refused | failed
         for each in entrants.values():
             each.settle()
-    for precision in precisions:  # the machine may have been slower before
-        timed.peaks[precision] = max(timed.peaks[precision], measure_peak(device, precision))
     for contestant, entrant in entrants.items():
-        task.look(entrant)
         timed.memory[contestant] = {"peak_memory_bytes": entrant.peak_memory_bytes, "memory": entrant.memory_kind}
-    return timed
+        try:
+            task.look(entrant)
+        except (MemoryError, RuntimeError) as error:  # which takes none of the times
+            task.watch(f"not looked at {contestant.label}: {why_out_of_memory(error)}")
+        entrant.rest()
 
 
 def _build(
@@ -110,4 +122,5 @@ def _build(
                 refused[contestant] = why_out_of_memory(error)
         if contestant in refused and entrants:
             refused[contestant] += f" (beside {len(entrants)} others)"
+    gc.collect()  # what was built of one that ran out of memory, and refers to itself
     return entrants, refused

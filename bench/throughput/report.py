@@ -58,6 +58,10 @@ def to_rich(frame: pd.DataFrame) -> Group:
     for (what, size, batch_size), part in frame.groupby(["what", "size", "batch_size"], sort=False):
         tables += [Text(f"{what}, {size}, batch {batch_size}", style="bold"), _grid(part)]
     tables += [Text(f"{row['what']}, {contestant_name(row)}: {row['note']}") for _, row in frame.iterrows() if row["note"]]
+    if "sampling_steps" in frame and not (steps := frame["sampling_steps"].dropna()).empty:
+        scale = frame["guidance_scale"].dropna().iloc[0]
+        guided = "without guidance" if scale == 1 else f"guided with scale {scale:g}: two evaluations each"
+        tables.append(Text(f"Images/s of sampling are of {steps.iloc[0]:g} steps an image, {guided}.", style="dim"))
     return Group(*tables)
 
 

@@ -96,6 +96,7 @@ def _rates(contestant: Contestant, what: str, step_seconds: float, setup: Setup,
     vendor = vendor_peak(device_name(setup.device), contestant.precision)
     return {
         "guidance_scale": None if trains else scale,
+        "sampling_steps": None if trains else NUM_SAMPLING_STEPS,  # of an image: images/s are of all of them
         "images_per_second": contestant.batch_size / step_seconds / (1 if trains else NUM_SAMPLING_STEPS),
         "forward_macs_per_image": macs,
         "flops_per_second": flops_per_second,
