@@ -8,7 +8,7 @@ from timing import SIZE, TINY
 from torch import nn
 
 from bench import cli
-from bench.throughput import loaders
+from bench.throughput import loaders, parts
 from bench.throughput.contest import Setup
 from bench.throughput.loaders import LOADERS, batch_of_files, image_sets, latent_loader
 from bench.throughput.parts import measure_parts
@@ -19,8 +19,11 @@ from methods.remix_dit import RemixDiT
 def test_parts_are_timed_beside_plain_code(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loaders, "NUM_FILES", 8)
     monkeypatch.setattr(loaders, "NUM_PHOTOS", 8)
+    told: list[bool] = []
+    monkeypatch.setattr(parts, "keep_freed_memory", told.append)
     out = tmp_path / "parts.csv"
     assert cli.main(["throughput", "--parts", *TINY, "--out", str(out)]) == 0
+    assert told == [True]  # as training has it
     frame = pd.read_csv(out)
     assert [tuple(row) for row in frame[["what", "code"]].to_numpy()] == [
         (what, code) for what in (*PARTS, *LOADERS) for code in ("ours", "naive")

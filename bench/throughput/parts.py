@@ -1,7 +1,7 @@
 """How fast is a part alone, beside the same in plain code?
 
-Those of the methods are handed in; the loaders are in `bench.throughput.loaders`. On a CPU both have memory as the C library
-gives it: the switch `memory` is of whole steps.
+Those of the methods are handed in; the loaders are in `bench.throughput.loaders`. On a CPU both have memory as training has it
+(switch `memory`): plain code, whose large tensors then cost no page faults, gains more by that than ours.
 """
 
 import tempfile
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from bench.allocator import keep_freed_memory
 from bench.throughput.clock import Call, Part, speed_ratio, spread_of, synchroniser, time_in_turns, why_out_of_memory
 from bench.throughput.contest import PLAIN, Setup
 from bench.throughput.loaders import LOADERS
@@ -29,6 +30,8 @@ def measure_parts(
 ) -> Iterator[list[Row]]:
     """Two rows of each part: ours, with how many times as fast it is as the plain one, and the plain one."""
     torch.set_num_threads(setup.threads)
+    if torch.device(setup.device).type == "cpu":
+        keep_freed_memory(True)
     with tempfile.TemporaryDirectory() as folder:
         known = {**parts, **{name: make_loader(Path(folder)) for name, make_loader in LOADERS.items()}}
         for (name, make), size, batch_size, precision in product(known.items(), sizes, batches, precisions):
