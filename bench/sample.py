@@ -162,7 +162,7 @@ class Sampler:
                 continue
             denoiser = method.specialise(interval)
             if self.compiled:
-                denoiser = torch.compile(denoiser, dynamic=False)
+                denoiser = torch.compile(denoiser, fullgraph=True, dynamic=False)
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.evaluation.precision == "bf16"):
                 for i, place in ((i, place) for i in range(len(blocks)) for place in places):
                     output = self._evaluate(denoiser, x[i], times[place].expand(size), labels[i], guided[place])

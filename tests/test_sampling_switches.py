@@ -1,6 +1,7 @@
 """Do bf16 and compiled networks draw the same images, and does no step wait for the device?"""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from helpers import randomise
 from sampling import CPU, sampler_and_method
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
+from training import RUNS
 
 import bench.sample
 from bench.sample import Sampler
@@ -64,11 +66,14 @@ def test_a_wait_in_the_loop_is_found(monkeypatch):
     assert len(waits_in(sampler, method)) >= few + 20  # the noise of every step of both blocks
 
 
-@pytest.mark.parametrize("name", ["dense", "remix_dit"])
-def test_a_compiled_network_draws_the_same_up_to_rounding_and_once_for_all_experts(name):
+MANY = {"multi_expert": ("options.experts=12",), "remix_dit": ("options.experts=12",)}  # more than would be compiled anew
+
+
+@pytest.mark.parametrize(("name", "backend"), [(name, "inductor" if name == "dense" else "aot_eager") for name in RUNS])
+def test_a_compiled_network_draws_the_same_up_to_rounding_and_once_for_all_experts(name, backend, monkeypatch):
     settings = ("evaluation.guidance_scale=2", "evaluation.guidance_start=10", "evaluation.steps=20")
-    experts = ("options.experts=12",) if name == "remix_dit" else ()  # more than the compiler would compile anew
-    sampler, method = sampler_and_method(name, *settings, *experts)
+    sampler, method = sampler_and_method(name, *settings, *MANY.get(name, ()))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     torch._dynamo.reset()
     counters.clear()
     compiled = dataclasses.replace(sampler, compiled=True).draw(method, CPU).images
@@ -78,6 +83,7 @@ def test_a_compiled_network_draws_the_same_up_to_rounding_and_once_for_all_exper
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("name", ["dense", "multi_expert", "dtr", "remix_dit"])
 def test_on_a_gpu_no_step_waits(name):
     sampler, method = sampler_and_method(name, "evaluation.guidance_scale=2")

@@ -13,13 +13,15 @@ from bench.data.source import TensorImages
 from bench.distributed import World
 from bench.job import make_config
 from bench.randomness import Batch
+from bench.switches import SWITCHES
 from bench.trainer import Trainer
 from methods.released import to_released
 
 every_method = pytest.mark.parametrize("method", RUNS)
 
 
-def test_six_steps_of_the_released_training_loop():
+@pytest.mark.parametrize("plain", [(), *((name,) for name in SWITCHES), tuple(SWITCHES)], ids=",".join)
+def test_six_steps_of_the_released_training_loop(plain):
     tensors, facts = golden("dit_traj")
     images = torch.rand(16, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     labels = torch.arange(16) % 10
@@ -33,6 +35,7 @@ def test_six_steps_of_the_released_training_loop():
         "train.ema_warmup=0",
         "budget.amount=48",
         "system.device=cpu",
+        *([f"system.plain={','.join(plain)}"] if plain else []),
     ]
     method = golden_method("dit")
     trained = Trainer(method, make_config({}, settings), data, cost=UNMEASURED)
