@@ -119,8 +119,10 @@ def left_cause(folder: Path, world: World) -> Iterator[None]:
 def summary_of(trainer: Trainer, initial_flops: float) -> dict[str, Any]:
     """What `summary.json` holds: size and cost of a finished training."""
     seconds = trainer.device_seconds / trainer.world.size
-    on_gpu = trainer.device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if trainer.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(trainer.device)
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     batch = trainer.config.train.batch_size
     return {
         "stored_parameters": sum(p.numel() for p in trainer.method.parameters()),

@@ -77,7 +77,7 @@ class Bases(nn.Module):
                     stacked.grad = torch.mul(factors, mixed.grad, out=out)
                 else:
                     stacked.grad.addcmul_(factors, mixed.grad)
-                of_mixing += stacked.flatten(1) @ mixed.grad.reshape(-1)
+                of_mixing += inner(stacked, mixed.grad)
         return of_mixing
 
 
@@ -86,3 +86,10 @@ def mix(mixing: Tensor, stacked: Tensor) -> Tensor:
     if switches.is_on("mixing"):
         return (mixing @ stacked.flatten(1)).view(stacked.shape[1:])
     return (mixing.view(-1, *[1] * (stacked.dim() - 1)) * stacked).sum(dim=0)
+
+
+def inner(stacked: Tensor, other: Tensor) -> Tensor:
+    """(K, ...) and (...) -> (K,): of each of the K, the sum of its products with the other."""
+    if stacked.is_cuda and stacked.dim() > 2:  # row by row: of a matrix of K long rows a GPU gives each to one of its processors
+        return (stacked.transpose(0, 1) @ other.unsqueeze(-1)).sum(dim=(0, 2))
+    return stacked.flatten(1) @ other.reshape(-1)
