@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo quick test slurm check install format
+.PHONY: demo quick test units slurm slurm-slow lint types check install format
 
 demo: $(INSTALLED)  ## six methods on real digits: train, score, table and figures
 	$(BIN)/tsbench demo
@@ -12,20 +12,31 @@ demo: $(INSTALLED)  ## six methods on real digits: train, score, table and figur
 quick: $(INSTALLED)  ## the demo's path in about two minutes, not converged
 	$(BIN)/tsbench demo --quick
 
-test: $(INSTALLED)  ## all tests that this machine can run in some minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadgroup
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+ON_SLURM = $(shell grep -l pytest.mark.slurm tests/test_*.py)
+
+test: units  ## all tests that this machine can run in some minutes
 	@if PATH=$$PATH:/usr/sbin; for daemon in slurmctld slurmd slurmdbd mariadbd munged; do command -v $$daemon || exit 1; done >/dev/null; \
 	then $(MAKE) slurm; else \
 	  echo "Skipped: the tests on a real Slurm, as it is not installed. To run them: sudo slurm/local_cluster.sh install && make slurm"; fi
 
-slurm: $(INSTALLED)  ## the tests on a real Slurm, about 7 minutes, on two clusters at a time (SLOW=1: the slow ones alone, on one)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "slurm and $(if $(SLOW),slow,not slow)" $(if $(SLOW),,-n 2)
+units: $(INSTALLED)  ## those that need no Slurm
+	$(PYTEST) -n auto --dist loadgroup
 
-check: $(INSTALLED)  ## lint, types, tests
+slurm: $(INSTALLED)  ## those on a real Slurm, about 7 minutes, on two clusters at a time
+	$(PYTEST) -m "slurm and not slow" -n 2 $(ON_SLURM)
+
+slurm-slow: $(INSTALLED)  ## the slow ones of them, about 9 minutes, on one cluster
+	$(PYTEST) -m "slurm and slow" $(ON_SLURM)
+
+lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
 	$(BIN)/mypy
-	$(MAKE) test
+
+check: lint types test
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

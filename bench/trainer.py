@@ -153,10 +153,8 @@ class Trainer:
     def _backward(self, part: Batch, num_parts: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Add a micro-batch's gradients; its mean losses by name, and the terms of each sample."""
         x_t = self.objective.noised(part.x0, part.t, part.noise)
-        bf16, caches = (
-            self.config.train.precision == "bf16",
-            not self.config.system.recompute,
-        )  # it would hold copies of all weights
+        bf16 = self.config.train.precision == "bf16"
+        caches = not self.config.system.recompute  # it would hold copies of all weights
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16, cache_enabled=caches):
             prediction = self.method(x_t, part.t, part.y, part.interval, part.progress)
         terms = self.objective.terms(prediction.output, x_t, part)
