@@ -203,11 +203,13 @@ class Agreement:
 
 def choose_gpu(device: torch.device) -> None:
     """Make this rank's GPU the current one; called before anything is put on one, as that takes memory there for good. By the
-    rank's number on its node; a task that sees one GPU alone has that.
+    rank's number on its node, if the device has none; a task that sees one GPU alone has that.
     """
-    number = os.environ.get("LOCAL_RANK", os.environ.get("RANK"))
-    if device.type == "cuda" and number is not None and torch.cuda.device_count():
-        torch.cuda.set_device(int(number) % torch.cuda.device_count())
+    rank = os.environ.get("LOCAL_RANK", os.environ.get("RANK"))
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device.index)
+    elif device.type == "cuda" and rank is not None and torch.cuda.device_count():
+        torch.cuda.set_device(int(rank) % torch.cuda.device_count())
 
 
 @contextmanager

@@ -74,6 +74,13 @@ def test_a_rank_puts_nothing_on_the_gpu_of_another(
     assert set(used) == {own}
 
 
+def test_a_gpu_that_is_named_by_its_number_is_the_current_one(on_node: Callable[[dict[str, str], int], list[int]]) -> None:
+    used = on_node({}, 2)
+    assert job.find_device("cuda:1") == torch.device("cuda:1") and used == [1]
+    with pytest.raises(ValueError, match=r"'cuda:2', which cannot be used here \(CUDA error: invalid device ordinal\)"):
+        job.find_device("cuda:2")
+
+
 def test_where_there_is_no_gpu_it_is_said_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here, which is not refused")
