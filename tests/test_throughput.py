@@ -6,12 +6,13 @@ import pytest
 import torch
 from timing import PLAIN, SIZE
 
+from bench.flops import Cost
 from bench.throughput import measure
-from bench.throughput.contest import Contestant, Setup, contestants
+from bench.throughput.contest import Contestant, Group, Setup, contestants
 from bench.throughput.count import count_of
 from bench.throughput.entrant import Entrant
 from bench.throughput.measure import Task, measure_all
-from bench.throughput.rows import SAMPLING, TRAINING, Timed
+from bench.throughput.rows import FASTER, SAMPLING, TRAINING, Timed, rows_of
 
 pytestmark = pytest.mark.xdist_group("throughput")  # what its tests look at is made once, not by every worker
 
@@ -54,6 +55,18 @@ def test_rates_follow_from_the_step(rows):
         assert row["flops_per_second"] == pytest.approx(4 * per_image * macs[row["method"]] / row["step_seconds"])
         assert row["mfu"] == pytest.approx(row["flops_per_second"] / row["peak_flops_per_second"])
         assert row["vendor_flops_per_second"] is None and row["mfu_of_vendor_peak"] is None
+
+
+@pytest.mark.parametrize(
+    ("peak", "why", "note"), [(1e30, "", ""), (1.0, "", FASTER), (1.0, "no room", f"{{pieces}}: no room; {FASTER}")]
+)
+def test_more_than_the_peak_is_explained(peak, why, note):
+    """A machine's speed changes; so does what `measure_peak` finds."""
+    contestant = Contestant("dense", SIZE, 4)
+    seconds, notes = ({what: of_each.copy() for what in (TRAINING, SAMPLING)} for of_each in ({contestant: [0.1]}, {}))
+    timed = [Timed([contestant], {"fp32": peak}, seconds, notes)] * (2 if why else 1)
+    rows = rows_of(contestant, Group("", [contestant]), timed, Cost(0.0, 6e6, 2e6), Setup(), [], why)
+    assert [row["note"] for row in rows] == [note.format(pieces="timed in 2 pieces, with the seconds of the first")] * 2
 
 
 def test_one_that_does_not_fit_is_a_row_that_says_so(monkeypatch):

@@ -17,6 +17,7 @@ from bench.throughput.contest import NUM_SAMPLING_STEPS, Contestant, Group, Setu
 from bench.throughput.peak import vendor_peak
 
 TRAINING, SAMPLING = "training step", "sampling step"
+FASTER = "an MFU above 100%: the machine was faster here than when its peak was measured"
 Row = dict[str, Any]
 
 
@@ -49,6 +50,8 @@ def rows_of(
         ratios = _ratios(contestant, what, group, timed, against)
         if why and not row["note"]:
             row["note"] = _note_on_pieces(len(timed), [name for name, ratio in ratios.items() if ratio is None], why)
+        if row.get("mfu", 0.0) > 1:
+            row["note"] = "; ".join(filter(None, (row["note"], FASTER)))
         for name in against:
             row |= spread_columns(f"speed_over_{name}", ratios.get(name))
         if what == TRAINING:
