@@ -32,7 +32,8 @@ class LoopedAdamW(torch.optim.Optimizer):
         mean = state["exp_avg"].mul_(beta1).add_(gradient, alpha=1 - beta1)
         square = state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         deviation = (square / (1 - beta2 ** state["step"])).sqrt() + group["eps"]
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        if group["weight_decay"]:
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.addcdiv_(mean / (1 - beta1 ** state["step"]), deviation, value=-group["lr"])
 
 
@@ -44,8 +45,8 @@ class LoopedEMA(EMA):
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:
                 self.images_seen[name] += num_images
-                decay = self.decay(num_images, self.images_seen[name])
                 if self.averages:
+                    decay = self.decay(num_images, self.images_seen[name])
                     self.averages[name].mul_(decay).add_(parameter, alpha=1 - decay)
 
 
