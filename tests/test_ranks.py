@@ -17,7 +17,7 @@ from training import PROCESSES, RUNS, exit_codes_of, free_port, tiny_config, tin
 
 from bench import evaluate, fidelity
 from bench.config import DataConfig, EvaluationConfig
-from bench.data import DataSource, load_data
+from bench.data import DataSource, load_data, to_uint8
 from bench.distributed import World, world_from_environment
 from bench.evaluate import METRICS, EvalProtocol, protocol_of, score
 from bench.files import read_json, write_json_atomically
@@ -67,7 +67,7 @@ def noisy_samples() -> tuple[Tensor, Tensor]:
     """Real images, some of them under noise, so that no metric is at an end of its range."""
     x, labels = digits()[0].heldout.batch(torch.arange(SCORING.num_samples))
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-    return evaluate.to_uint8(x + 0.4 * noise), labels
+    return to_uint8(x + 0.4 * noise), labels
 
 
 def do_everything(world: World, out: Path) -> None:
