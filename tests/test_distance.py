@@ -82,11 +82,11 @@ def test_nearest_neighbour_does_not_depend_on_chunks(monkeypatch: pytest.MonkeyP
 class CountedImages(TensorImages):
     """Knows how often it was asked."""
 
-    num_batches = 0
+    num_reads = 0
 
-    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        CountedImages.num_batches += 1
-        return super().batch(indices)
+    def pixels(self, indices: Tensor) -> Tensor:
+        CountedImages.num_reads += 1
+        return super().pixels(indices)
 
 
 def test_nearest_squared_is_exact_in_any_parts_and_reads_the_training_set_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,10 +99,10 @@ def test_nearest_squared_is_exact_in_any_parts_and_reads_the_training_set_once(m
     expected = (samples.long()[:, None] - images.long()[None]).square().sum((2, 3, 4)).amin(1)
     assert (expected == 0).sum() == 10
     for lengths in ([30], [8, 0, 21, 1]):
-        CountedImages.num_batches = 0
+        CountedImages.num_reads = 0
         found = nearest_squared(list(samples.split(lengths)), train)
         assert found.dtype == torch.float64 and found.tolist() == expected.tolist()
-        assert CountedImages.num_batches == 6  # of 40 images in chunks of 7
+        assert CountedImages.num_reads == 6  # of 40 images in chunks of 7
     none = CountedImages(images[:0], torch.zeros(0, dtype=torch.int64))
     assert nearest_squared([samples], none).tolist() == [float("inf")] * 30
-    assert CountedImages.num_batches == 6
+    assert CountedImages.num_reads == 6
