@@ -22,7 +22,6 @@ aten = torch.ops.aten
 GPU, HOST = torch.device("cuda:0"), torch.device("cpu")
 LOOKS = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten.is_nonzero, aten._unique2, aten.unique_dim}
 GATHERS = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index}
-COPIES = {aten.copy_, aten._to_copy}
 
 
 class Words(TorchFunctionMode):
@@ -170,7 +169,7 @@ class Rules(TorchDispatchMode):
         kwargs, own, packet = kwargs or {}, self.pretence, func.overloadpacket
         given = tensors_in((args, kwargs))
         there = [own.is_there(tensor) for tensor in given]
-        if packet in COPIES and packet is aten.copy_:
+        if packet is aten.copy_:
             return self.copied(func, args, kwargs)
         if any(there):
             self.check(func, packet, given, there)
