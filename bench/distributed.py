@@ -64,24 +64,6 @@ class World:
         dist.all_gather(parts, part.contiguous())
         return torch.cat(parts)
 
-    def average_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Replace each gradient by its mean over ranks, in one message per dtype.
-
-        All ranks train the same interval, or such as share all parameters, so the same ones have gradients everywhere; the
-        others keep none, and neither optimiser nor average touches them. Of sharded parameters the backward pass has already
-        averaged them.
-        """
-        if self.size == 1:
-            return
-        gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p, DTensor)]
-        for dtype in dict.fromkeys(g.dtype for g in gradients):
-            of_dtype = [g for g in gradients if g.dtype == dtype]
-            flat = torch.cat([g.reshape(-1) for g in of_dtype])
-            dist.all_reduce(flat)
-            flat /= self.size
-            for gradient, part in zip(of_dtype, flat.split([g.numel() for g in of_dtype]), strict=True):
-                gradient.copy_(part.view_as(gradient))
-
     def decide(self, value: bool, device: torch.device) -> bool:
         """Rank 0's answer, on every rank."""
         if self.size == 1:

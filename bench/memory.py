@@ -49,9 +49,9 @@ class FusedAttention(TorchFunctionMode):
         return function(*arguments, **(options or {}))
 
 
-def trains_fused_attention(device: str, precision: str, compiled: str) -> bool:
-    """In bf16 on a CPU attention trains in pieces, unless it is compiled: the switch `attention` says why."""
-    return device != "cpu" or precision != "bf16" or compiled != "none"
+def trains_fused_attention(device: str, precision: str) -> bool:
+    """In bf16 on a CPU attention trains in pieces: `methods.backbone.attention` says why."""
+    return device != "cpu" or precision != "bf16"
 
 
 def training_memory(

@@ -60,8 +60,9 @@ class Method(nn.Module):
     @contextmanager
     def one_step(self, interval: Interval) -> Iterator[list[nn.Parameter]]:
         """Around all training passes of one optimiser step on `interval`: what they share can be computed once. Yields what
-        gradients arrive at in these passes, to be averaged over ranks inside if all are on this interval; afterwards every
-        trained parameter has its own, added to what it had before.
+        gradients arrive at in each of these passes, about in the order in which the passes use it, to be averaged over ranks
+        inside if all are on this interval (`bench.averaging`: what gets none delays the others' messages, and the last in use
+        go first); afterwards every trained parameter has its own, added to what it had before.
         """
         yield [p for p in self.parameters() if p.requires_grad]
 

@@ -172,7 +172,7 @@ def _memory(network: _Network, num_images: int, world_size: int, system: SystemC
     data = _data(network.config)
     image_shape = (data.channels, data.input_size, data.input_size)
     num_parts = world_size if system.shard == "full" else 1
-    fused = trains_fused_attention(system.device, precision, system.compile)
+    fused = trains_fused_attention(system.device, precision)
     method = _measured(network)[0]
     with switches.only_off(switches.parse(system.plain)):
         return training_memory(method, image_shape, num_images, num_parts, system.recompute, averaged, precision, fused)

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 SWITCHES = {
-    "attention": "one fused kernel (in bf16 training on a CPU: in pieces); plain: two matrix products around a softmax",
+    "attention": "one fused kernel (in bf16 on a CPU, in training or without AMX: in pieces); plain: two products and a softmax",
     "optimizer": "AdamW as one fused kernel; plain: parameter after parameter",
     "ema": "the average of all parameters in one call; plain: parameter after parameter",
     "grouped": "experts as grouped matrix products; plain: expert after expert on its slice of the sorted rows",
@@ -19,6 +19,7 @@ SWITCHES = {
     "memory": "on a CPU freed memory stays with the process; plain: as the C library likes",
     "masks": "one linear per sample, mixed from its experts; plain: all experts, weighed and summed",
     "matching": "the assignment solved while the network runs, once for all passes of a step; plain: in every pass, afterwards",
+    "overlap": "gradients go to the other ranks while the backward pass goes on; plain: afterwards, in the same messages",
 }
 _off: frozenset[str] = frozenset()
 

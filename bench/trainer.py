@@ -12,6 +12,7 @@ from torch import Tensor
 from bench import measuring, saving, switches
 from bench.ahead import Ahead
 from bench.allocator import keep_freed_memory
+from bench.averaging import average, averaging
 from bench.budget import Budget, plan
 from bench.compiled import begin_step, compile_blocks
 from bench.config import RunConfig
@@ -121,7 +122,7 @@ class Trainer:
         begin_step(self.config.system.compile)
         shares = [self._train_on(batch, len(batches), len(intervals) == 1) for batch in batches]
         if len(intervals) > 1:
-            self.world.average_gradients(self.parameters)
+            average(self.parameters, self.world)
         norm, t = gradient_norm(self.parameters), torch.cat([batch.t for batch in batches])
         passes = [samples for share in shares for _, samples in share]
         samples = {name: torch.cat([part[name] for part in passes]) for name in passes[0]}  # each (B,)
@@ -143,12 +144,10 @@ class Trainer:
 
     def _train_on(self, batch: Batch, num_shares: int, is_common: bool) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
         """The passes of one share's batch; its gradients are averaged over ranks here if its interval is common to them."""
-        num_parts = self.config.train.micro_batches
-        with self.method.one_step(batch.interval) as leaves:
-            passes = [self._backward(part, num_parts * num_shares) for part in batch.cut(num_parts)]
-            if is_common:
-                self.world.average_gradients([*leaves, *self.objective.module.parameters()])
-        return passes
+        num_parts, of_loss = self.config.train.micro_batches, self.objective.module.parameters()
+        ranks = self.world if is_common else World()
+        with self.method.one_step(batch.interval) as leaves, averaging([*leaves, *of_loss], ranks, num_parts):
+            return [self._backward(part, num_parts * num_shares) for part in batch.cut(num_parts)]
 
     def _backward(self, part: Batch, num_parts: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Add a micro-batch's gradients; its mean losses by name, and the terms of each sample."""

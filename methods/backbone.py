@@ -32,6 +32,7 @@ SIZES = {  # letter: (depth, width, heads); section 3.3 and, for G, arXiv 2407.1
 }
 
 Linear = Callable[[Tensor], Tensor]
+HAS_AMX = torch.cpu.get_capabilities().get("amx_tile", False)  # matrix products of a CPU in bfloat16
 PIECE_BYTES = 24 << 20  # of a CPU: glibc hands blocks of 32 MiB and more back at once, and every new one faults in page by page
 
 
@@ -141,8 +142,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Each (B, heads, N, D/heads), and so is what comes out."""
     if not switches.is_on("attention"):
         return weigh(q, k, v)
-    trains = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if trains and q.device.type == "cpu" and q.dtype == torch.bfloat16:  # where the fused kernel is slow backward
+    # of a CPU's fused kernel in bfloat16 the backward pass is slow, and the forward pass too without AMX
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and (torch.is_grad_enabled() or not HAS_AMX):
         num_images = max(1, PIECE_BYTES // (q.shape[1] * q.shape[2] ** 2 * q.element_size()))  # by its weights, (heads, N, N)
         return torch.cat([weigh(*part) for part in zip(*(x.split(num_images) for x in (q, k, v)), strict=True)])
     return F.scaled_dot_product_attention(q, k, v)
@@ -150,7 +151,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def weigh(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The values, weighed by the softmax of the scaled products: attention in plain code."""
-    return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1) @ v
+    return (q / math.sqrt(q.shape[-1]) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
 
 
 class MLP(nn.Module):

@@ -5,12 +5,17 @@ mixed weight, and `dL/dalpha_k = <W_k, G>`: what one optimiser step does with th
 `Bases.spread` makes theirs at its end.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from bench import switches
 from methods.backbone import init_linear
 from methods.grouped import without_autocast
+
+MOST_PIECES = 16  # of a linear's rows; for no more than so many threads of a CPU
+LEAST_VALUES = 1 << 17  # of a linear that is cut: a smaller one lies in a core's cache
 
 
 class Kept:
@@ -58,7 +63,8 @@ class Bases(nn.Module):
         weight, bias = self.kept.like("weight", self.weight[0]), self.kept.like("bias", self.bias[0])
         with without_autocast(self.weight.device.type):
             for mixed, stacked in ((weight, self.weight), (bias, self.bias)):
-                torch.mm(mixing[None], stacked.flatten(1), out=mixed.view(1, -1))
+                pieces = cut(stacked)
+                torch.bmm(mixing.expand(len(pieces), 1, -1), pieces, out=mixed.view(len(pieces), 1, -1))
         return nn.Parameter(weight), nn.Parameter(bias)
 
     @torch.no_grad()
@@ -88,8 +94,18 @@ def mix(mixing: Tensor, stacked: Tensor) -> Tensor:
     return (mixing.view(-1, *[1] * (stacked.dim() - 1)) * stacked).sum(dim=0)
 
 
+def cut(stacked: Tensor) -> Tensor:
+    """(K, ...) -> (P, K, n), a view: on a CPU, pieces for its threads to share. Of one matrix with few rows and many columns the
+    threads get one row each (`inner`) or leave all to one (mixing).
+    """
+    is_large = stacked.device.type == "cpu" and stacked[0].numel() >= LEAST_VALUES
+    num_pieces = math.gcd(stacked.shape[1], MOST_PIECES) if is_large else 1
+    return stacked.view(len(stacked), num_pieces, -1).transpose(0, 1)
+
+
 def inner(stacked: Tensor, other: Tensor) -> Tensor:
     """(K, ...) and (...) -> (K,): of each of the K, the sum of its products with the other."""
     if stacked.is_cuda and stacked.dim() > 2:  # row by row: of a matrix of K long rows a GPU gives each to one of its processors
         return (stacked.transpose(0, 1) @ other.unsqueeze(-1)).sum(dim=(0, 2))
-    return stacked.flatten(1) @ other.reshape(-1)
+    pieces = cut(stacked)
+    return torch.bmm(other.reshape(len(pieces), 1, -1), pieces.transpose(1, 2)).sum(dim=(0, 1))

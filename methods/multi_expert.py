@@ -13,7 +13,8 @@ Deviations: from scratch, each expert draws its own initial weights (Remix-DiT's
 pre-trained network: `load_dense`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
@@ -37,6 +38,11 @@ class MultiExpert(Method):
     def forward(self, x: Tensor, t: Tensor, y: Tensor, interval: Interval, progress: float = 0.0) -> Prediction:
         check_timesteps(t, interval, self.num_timesteps)
         return Prediction(self.networks[interval.index](x, t, y), {})
+
+    @contextmanager
+    def one_step(self, interval: Interval) -> Iterator[list[nn.Parameter]]:
+        """Gradients arrive at one expert alone."""
+        yield [p for p in self.networks[interval.index].parameters() if p.requires_grad]
 
     def specialise(self, interval: Interval) -> Denoiser:
         return self.networks[interval.index]

@@ -182,8 +182,7 @@ class RemixDiT(Method):
                 for block, mixing in zip(self.network.blocks, coefficients, strict=True)
             ]
         try:
-            others = [p for p in self.parameters() if p.requires_grad and id(p) not in stacked]
-            yield others + [p for of_block in self.mixed for pair in of_block for p in pair]
+            yield self._leaves(stacked)
             gradient = torch.zeros_like(coefficients)
             for index, block in enumerate(self.network.blocks):
                 for linear, pair in zip(block.bases().values(), self.mixed[index], strict=True):
@@ -192,6 +191,15 @@ class RemixDiT(Method):
                 coefficients.backward(gradient)
         finally:
             self.mixed = []
+
+    def _leaves(self, stacked: set[int]) -> list[nn.Parameter]:
+        """Inside `one_step`, in the order of use: the mixed weights of a block go with its own, in the place of the `stacked`."""
+        parts = (*self.network.blocks, self.network.final)
+        own = [[p for p in part.parameters() if p.requires_grad and id(p) not in stacked] for part in parts]
+        later = stacked.union(id(p) for part in own for p in part)
+        first = [p for p in self.parameters() if p.requires_grad and id(p) not in later]
+        mixed = [[p for pair in of_block for p in pair] for of_block in (*self.mixed, ())]
+        return first + [p for part in zip(own, mixed, strict=True) for leaves in part for p in leaves]
 
     def prior_loss(self) -> Tensor:
         """Mean over all experts of the cross-entropy of their logits to their prior basis (scalar, unweighted)."""

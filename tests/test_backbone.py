@@ -82,7 +82,7 @@ def test_block_equals_one_made_of_timm_modules():
 
 @pytest.mark.parametrize("images_in_a_piece", [0, 2, 9])
 def test_attention_trains_in_pieces_in_bf16_on_a_cpu(images_in_a_piece, monkeypatch):
-    """The same bits as all at once; sampling and float32 have the fused kernel."""
+    """The same bits as all at once; float32 has the fused kernel, and sampling where it is fast, that is with AMX."""
     torch.manual_seed(0)
     qkv = torch.randn(3, 5, 2, 7, 4, dtype=torch.bfloat16, requires_grad=True)
     fused = []
@@ -93,8 +93,11 @@ def test_attention_trains_in_pieces_in_bf16_on_a_cpu(images_in_a_piece, monkeypa
     assert not fused and torch.equal(in_pieces, whole) and whole.std() > 0.1
     gradients = [torch.autograd.grad(output, qkv, upstream)[0] for output in (in_pieces, whole)]
     assert torch.equal(*gradients) and gradients[0].std() > 0.1
-    with torch.no_grad():
-        attention(*qkv)
+    for has_amx in (True, False):
+        monkeypatch.setattr(backbone, "HAS_AMX", has_amx)
+        with torch.no_grad():
+            assert torch.equal(attention(*qkv), whole)
+        assert fused == [torch.bfloat16]
     attention(*qkv.float())
     assert fused == [torch.bfloat16, torch.float32]
 

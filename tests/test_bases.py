@@ -9,7 +9,7 @@ from helpers import assert_close, batch, tiny
 from training import differing, state_of, tiny_trainer
 
 from bench.switches import without
-from methods.bases import Bases, Kept
+from methods.bases import LEAST_VALUES, Bases, Kept, cut, inner
 
 VARIANTS = ["remix_dit", "remix_dit local", "remix_dit one_hot"]
 
@@ -136,3 +136,26 @@ def test_gradients_spread_in_float32_under_autocast_too():
             of_mixing = bases.spread(mixing, *pair)
         gradients.append((of_mixing, bases.weight.grad, bases.bias.grad))
     assert all(torch.equal(one, other) and one.abs().sum() > 0 for one, other in zip(*gradients, strict=True))
+
+
+LARGE, SMALL = (48, LEAST_VALUES // 48 + 1), (48, LEAST_VALUES // 48)
+
+
+@pytest.mark.parametrize(("shape", "num_pieces"), [(LARGE, 16), (SMALL, 1), ((LEAST_VALUES + 1,), 1), ((LEAST_VALUES,), 16)])
+def test_large_linears_are_cut_for_the_threads_of_a_cpu(shape, num_pieces):
+    stacked = torch.randn(3, *shape)
+    pieces = cut(stacked)
+    assert pieces.shape == (num_pieces, 3, stacked[0].numel() // num_pieces) and pieces.data_ptr() == stacked.data_ptr()
+    assert torch.equal(pieces.transpose(0, 1).reshape(3, -1), stacked.flatten(1))
+    assert len(cut(stacked.to("meta"))) == 1
+
+
+@pytest.mark.parametrize("shape", [LARGE, SMALL])
+def test_pieces_give_what_the_whole_gives(shape):
+    bases, mixing = Bases(3, shape[1], shape[0]).double(), torch.randn(3).double()
+    torch.nn.init.normal_(bases.weight)
+    torch.nn.init.normal_(bases.bias)
+    for pieces, whole in zip(bases.mix_for_step(mixing), bases.mix(mixing), strict=True):
+        assert_close(pieces, whole, 1e-12)
+    other = torch.randn(shape).double()
+    assert_close(inner(bases.weight, other), (bases.weight * other).sum(dim=(1, 2)), 1e-10)

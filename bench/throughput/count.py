@@ -40,7 +40,7 @@ def _cost(contestant: Contestant, setup: Setup) -> Cost:
 
 def _need(contestant: Contestant, setup: Setup) -> Need:
     method, plain = _on_meta(contestant, setup), switches.parse(config_of(contestant, setup).system.plain)
-    fused = not contestant.plain and trains_fused_attention(setup.device, contestant.precision, contestant.compiled)
+    fused = not contestant.plain and trains_fused_attention(setup.device, contestant.precision)
     with switches.only_off(plain):
         memory = training_memory(method, SHAPE, contestant.batch_size, fused_attention=fused)
         made = bytes_made_for_steps(method)
