@@ -190,6 +190,23 @@ def test_plain_code_stands_beside_ours_where_that_is_compiled_and_whiskers_lie_o
     assert len(places) == 4 and np.allclose(middles[-4:], places)
 
 
+def part_row(what, ratio, code="ours"):
+    ratios = dict.fromkeys(["speed_over_naive", "speed_over_naive_low", "speed_over_naive_high"], ratio)
+    return row("", code, 0.5, what=what, **ratios)
+
+
+def test_bars_of_parts_begin_at_plain_code_and_show_doublings():
+    slower, failed = part_row("slower", 0.5), part_row("without plain code", np.nan)
+    rows = [part_row("loader", 32.0), part_row("loader", np.nan, "naive"), slower, failed]
+    with style.settings():
+        (drawn,) = speed(frame_of(rows, {"device": "a device"}), "parts")
+    (axes,) = drawn.figure.axes
+    assert [label.get_text().split(",")[0] for label in axes.get_yticklabels()] == ["loader", "slower"]
+    assert [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in axes.containers[0]] == [(1, 32), (1, 0.5)]
+    assert axes.get_xscale() == "log" and axes.get_xlim()[0] < 0.5 and axes.get_xlim()[1] > 32
+    assert speed(frame_of([failed], {"device": "a device"}), "parts") == []
+
+
 @pytest.mark.parametrize(("scale", "unit", "told"), [(1.0, "", "without guidance"), (1.5, "guided ", "guided with scale 1.5")])
 def test_images_of_a_sampling_step_are_of_all_steps(scale, unit, told):
     sampled = row("one", "ours", 0.5, what="sampling step", guidance_scale=scale, sampling_steps=250)

@@ -24,7 +24,7 @@ def speed(frame: pd.DataFrame, name: str) -> list[Drawn]:
         timed.loc[timed["code"] == "ours", "compile"].nunique() < 2
     )  # then plain code stands beside ours, and the title says it
     data = timed.assign(contestant=[_contestant(row, alike) for _, row in timed.iterrows()])
-    return [_parts(data, name)] if (data["method"] == "").all() else [_methods(data, name)]
+    return _parts(data, name) if (data["method"] == "").all() else [_methods(data, name)]
 
 
 def _once(timed: pd.DataFrame) -> pd.DataFrame:
@@ -58,18 +58,33 @@ def _unit(data: pd.DataFrame) -> str:
     return f"images/s of {data['sampling_steps'].max():g} {guided}steps"
 
 
-def _parts(data: pd.DataFrame, name: str) -> Drawn:
-    """How many times as fast as plain code each part is."""
-    ours = data[data["code"] == "ours"].assign(contestant=lambda of: of["what"] + ", " + of["contestant"])
+def _parts(data: pd.DataFrame, name: str) -> list[Drawn]:
+    """How many times as fast as plain code each part is, of those that were timed beside it."""
+    compared = data[(data["code"] == "ours") & data["speed_over_naive"].notna()]
+    if compared.empty:
+        return []
+    ours = compared.assign(contestant=lambda of: of["what"] + ", " + of["contestant"])
     rows = list(ours["contestant"])
     figure = new_figure(6.2, 0.36 * len(rows) + 1.3)
     axes = figure.subplots()
     _bars(axes, ours, rows, "speed_over_naive")
-    axes.axvline(1, color="black", linewidth=1)
+    _double(axes, ours["speed_over_naive"])
     axes.set_xlabel("times as fast as plain code in the same run")
     _dress(axes, rows)
+    if legend := axes.get_legend():  # of one kind of bars
+        legend.remove()
     figure.suptitle(f"Parts on {data['device'].iloc[0]}")
-    return Drawn(name, figure, None)
+    return [Drawn(name, figure, None)]
+
+
+def _double(axes: Axes, ratios: pd.Series) -> None:
+    """Show ratios as doublings, by bars that begin at 1: a loader's would dwarf all others."""
+    for bar in axes.containers[0]:
+        bar.set_bounds(1, bar.get_y(), bar.get_width() - 1, bar.get_height())
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlim(min(1, ratios.min()) / 1.1, 2 * ratios.max())
+    axes.axvline(1, color="black", linewidth=1)
 
 
 def _bars(axes: Axes, data: pd.DataFrame, rows: list[str], column: str) -> None:
