@@ -159,3 +159,22 @@ def test_pieces_give_what_the_whole_gives(shape):
         assert_close(pieces, whole, 1e-12)
     other = torch.randn(shape).double()
     assert_close(inner(bases.weight, other), (bases.weight * other).sum(dim=(1, 2)), 1e-10)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_step_names_its_leaves_in_the_order_of_their_use(variant):
+    """Backwards, that is the order in which their gradients come and go to other ranks: block by block, mixed weights too."""
+    method, interval = tiny(variant), tiny(variant).intervals[0]
+    came = []
+    with method.one_step(interval) as leaves:
+        for leaf in leaves:
+            leaf.register_post_accumulate_grad_hook(lambda leaf: came.append(id(leaf)))
+        x, t, y = batch(interval)
+        method(x, t, y, interval).output.square().mean().backward()
+        parts = [list(map(id, method.network.final.parameters()))]
+        for block, mixed in zip(method.network.blocks, method.mixed, strict=True):
+            parts.insert(1, [id(p) for p in (*block.modulation.parameters(), *(p for pair in mixed for p in pair))])
+    for part in parts:
+        assert sorted(came[: len(part)]) == sorted(part) and sorted(map(id, leaves[-len(part) :])) == sorted(part)
+        came, leaves = came[len(part) :], leaves[: -len(part)]
+    assert len(came) > 5 and set(came) <= set(map(id, leaves))
