@@ -29,7 +29,10 @@ def wait_for_attempts(suite: TinySuite, *states: str) -> None:
         attempts = suite.attempts()
         return sorted(each.state for each in attempts) == sorted(states) and all(each.ended < inf for each in attempts)
 
-    wait_until(are_over, f"attempts {states}", PATIENCE_SECONDS)
+    try:
+        wait_until(are_over, f"attempts {states}", PATIENCE_SECONDS)
+    except TimeoutError as error:
+        raise TimeoutError(f"{error}, but {suite.attempts()}") from None
 
 
 @contextmanager
