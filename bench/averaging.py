@@ -70,12 +70,12 @@ class Buckets:
 
     def _send(self) -> None:
         """The next bucket's gradients, which from here on are views of the message: their sums arrive in it."""
-        leaves = [leaf for leaf in self.buckets[self.num_sent] if leaf.grad is not None]
+        members = [(leaf, leaf.grad.reshape(-1)) for leaf in self.buckets[self.num_sent] if leaf.grad is not None]
         self.num_sent += 1
-        if not leaves:
+        if not members:
             return
-        flat = torch.cat([leaf.grad.reshape(-1) for leaf in leaves if leaf.grad is not None])
-        for leaf, part in zip(leaves, flat.split([leaf.numel() for leaf in leaves]), strict=True):
+        flat = torch.cat([gradient for _, gradient in members])
+        for (leaf, _), part in zip(members, flat.split([leaf.numel() for leaf, _ in members]), strict=True):
             leaf.grad = part.view_as(leaf)
         work = dist.all_reduce(flat, async_op=True)
         assert work is not None
