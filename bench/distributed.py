@@ -6,7 +6,7 @@ for all.
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+from bench.adamw import Outer
 
 FAREWELL_SECONDS = 0.2
 LONGEST = 300  # characters of what one rank tells the others of its failure
@@ -134,8 +136,13 @@ def _in_one_line(failure: Exception) -> str:
     return " ".join(text.split())[:LONGEST]
 
 
-def gradient_norm(parameters: list[torch.nn.Parameter]) -> Tensor:
-    """The norm (scalar) of all gradients together, of which a rank may hold its part alone; on every rank."""
+def gradient_norm(parameters: list[torch.nn.Parameter], outer: Collection[Outer] = ()) -> Tensor:
+    """The norm (scalar) of all gradients together, of which a rank may hold its part alone; on every rank. `outer`: those that
+    are no parameter's `.grad`.
+    """
+    if outer:
+        factors, shared = (torch.stack(torch._foreach_norm(tensors)) for tensors in zip(*outer, strict=True))
+        return torch.hypot(gradient_norm(parameters), torch.linalg.vector_norm(factors * shared))
     gradients = [p.grad for p in parameters if p.grad is not None]
     cut = [g for g in gradients if isinstance(g, DTensor)]
     if not cut:

@@ -6,7 +6,7 @@ averaged, by the images that they have seen: experts that train apart are averag
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -29,11 +29,11 @@ class EMA:
         self.averages = {name: p.detach().clone() for name, p in self.parameters.items()} if half_life_images else {}
 
     @torch.no_grad()
-    def update(self, num_images: int) -> None:
-        """Take in the parameters that have a gradient, after `num_images` more images."""
+    def update(self, num_images: int, others: Container[nn.Parameter] = ()) -> None:
+        """Take in the parameters that have a gradient, and the `others`, after `num_images` more images."""
         by_images: dict[int, list[str]] = defaultdict(list)
         for name, parameter in self.parameters.items():
-            if parameter.grad is not None:
+            if parameter.grad is not None or parameter in others:
                 self.images_seen[name] += num_images
                 by_images[self.images_seen[name]].append(name)
         if not self.averages:

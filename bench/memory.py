@@ -1,10 +1,10 @@
 """How much memory will training need? Counted on the meta device, where nothing is allocated.
 
-Weights, gradients, AdamW's two moments and the average, 4 bytes each, and what one micro-batch keeps for its backward
-pass in fp32 (in bf16 activations are less: the estimate is then too high). In bf16 it keeps a copy, 2 bytes each, of every
-weight that is multiplied too: of the whole network, also where a rank holds a part of it; with `recompute` of one block at
-a time. Of a sharded run a rank's part of each, and what is gathered at a time. Temporary buffers and the allocator's rounding
-come on top; `peak_memory_bytes` in a run's summary is measured.
+Weights, gradients (of bases those of one mixed network), AdamW's two moments and the average, 4 bytes each, and what one
+micro-batch keeps for its backward pass in fp32 (in bf16 activations are less: the estimate is then too high). In bf16 it
+keeps a copy, 2 bytes each, of every weight that is multiplied too: of the whole network, also where a rank holds a part of
+it; with `recompute` of one block at a time. Of a sharded run a rank's part of each, and what is gathered at a time. Temporary
+buffers and the allocator's rounding come on top; `peak_memory_bytes` in a run's summary is measured.
 """
 
 import copy
@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from bench.method import Method
+from bench import switches
+from bench.adamw import Outer
+from bench.method import Method, offered
 from bench.recompute import blocks_of
 from bench.sharding import part_of
 
@@ -63,9 +65,11 @@ def training_memory(
     averaged: bool = True,
     precision: str = "fp32",
     fused_attention: bool = True,
+    one_interval: bool = True,
 ) -> Memory:
     """Of one rank, with micro-batches of `num_images` (C, H, W), for the costlier of the first and the last interval.
     `num_parts`: ranks that a sharded run is cut into. `fused_attention`: where its switch is on; else it keeps its weights.
+    `one_interval`: whether a step trains no more than one, and so need not make gradients whole that are outer products.
     """
     twin = copy.deepcopy(method).to("meta")
     own = 4 * sum(part_of(p.shape, 0, num_parts).of(p).numel() if num_parts > 1 else p.numel() for p in twin.parameters())
@@ -74,7 +78,17 @@ def training_memory(
     with FusedAttention() if fused_attention else nullcontext():
         kept = max(_kept_bytes(twin, image_shape, num_images, index, recompute, bf16) for index in ends)
     gathered = _gathered_bytes(twin) if num_parts > 1 else 0
-    return Memory(own + buffers, own, 2 * own, own if averaged else 0, kept, gathered)
+    gradients = own if num_parts > 1 else own - _spared_bytes(twin, one_interval)
+    return Memory(own + buffers, gradients, 2 * own, own if averaged else 0, kept, gathered)
+
+
+def _spared_bytes(method: Method, one_interval: bool) -> int:
+    """Of gradients that AdamW takes as outer products."""
+    outer: dict[nn.Parameter, Outer] | None = {} if one_interval and switches.is_on("outer") else None
+    with offered(method, outer), method.one_step(method.intervals[0]) as leaves:
+        for leaf in leaves:
+            leaf.grad = torch.empty_like(leaf)
+    return sum(parameter.nbytes - gradient.shared.nbytes for parameter, gradient in (outer or {}).items())
 
 
 def _gathered_bytes(method: Method) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bench.adamw import Outer
 from bench.intervals import Interval
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -45,6 +46,7 @@ class Method(nn.Module):
     intervals: tuple[Interval, ...]
     independent_experts: bool = False  # whether no two intervals share a parameter: they can be trained apart
     intervals_share_parameters: bool = False  # whether each of several trains all parameters: then one step can train several
+    outer_gradients: dict[nn.Parameter, Outer] | None = None  # where a dict, `one_step` may leave gradients there (`offered`)
     intervals_cost_alike: bool = False  # whether all intervals cost the same, penalties included: then one is measured for all
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, interval: Interval, progress: float = 0.0) -> Prediction:
@@ -62,7 +64,7 @@ class Method(nn.Module):
         """Around all training passes of one optimiser step on `interval`: what they share can be computed once. Yields what
         gradients arrive at in each of these passes, about in the order in which the passes use it, to be averaged over ranks
         inside if all are on this interval (`bench.averaging`: what gets none delays the others' messages, and the last in use
-        go first); afterwards every trained parameter has its own, added to what it had before.
+        go first); afterwards every trained parameter has its own, added to what it had before, or has it in `outer_gradients`.
         """
         yield [p for p in self.parameters() if p.requires_grad]
 
@@ -94,6 +96,16 @@ class Method(nn.Module):
         expert), `channel_mask` (timestep, channel) ... Without a probe, only what needs no data.
         """
         return {}
+
+
+@contextmanager
+def offered(method: Method, outer: dict[nn.Parameter, Outer] | None) -> Iterator[None]:
+    """Inside, `one_step` may leave the gradient of a parameter there, in place of its `.grad`, if it is an outer product."""
+    method.outer_gradients = outer
+    try:
+        yield
+    finally:
+        method.outer_gradients = None
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

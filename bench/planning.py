@@ -120,7 +120,13 @@ def _plan(run: SuiteRun, world_size: int, only_look: bool) -> PlannedRun:
         float("nan") if num_steps is None else num_steps * cost.train_flops(batch, num_passes),
         config.budget.amount if timed else float("nan"),
         _memory(
-            network, batch // num_passes, world_size, config.system, config.train.precision, config.train.ema_half_life_images > 0
+            network,
+            batch // num_passes,
+            world_size,
+            config.system,
+            config.train.precision,
+            config.train.ema_half_life_images > 0,
+            config.train.intervals_per_step == 1,
         ),
         sum(p.numel() for p in method.parameters()),
         method.num_active_parameters(),
@@ -168,11 +174,15 @@ def _measured(network: _Network) -> tuple[Method, Cost]:
 
 
 @cache
-def _memory(network: _Network, num_images: int, world_size: int, system: SystemConfig, precision: str, averaged: bool) -> Memory:
+def _memory(
+    network: _Network, num_images: int, world_size: int, system: SystemConfig, precision: str, averaged: bool, one_interval: bool
+) -> Memory:
     data = _data(network.config)
     image_shape = (data.channels, data.input_size, data.input_size)
     num_parts = world_size if system.shard == "full" else 1
     fused = trains_fused_attention(system.device, precision)
     method = _measured(network)[0]
     with switches.only_off(switches.parse(system.plain)):
-        return training_memory(method, image_shape, num_images, num_parts, system.recompute, averaged, precision, fused)
+        return training_memory(
+            method, image_shape, num_images, num_parts, system.recompute, averaged, precision, fused, one_interval
+        )

@@ -16,6 +16,7 @@ SWITCHES = {
     "pieces": "experts on a CPU, uncompiled: each through its whole MLP, some of its rows at a time; plain: all at once, grouped",
     "mixing": "bases as a matrix product, once for all passes of a step, whose gradients (and messages between ranks) are those "
     "of the mixed network; plain: multiplied and summed in every pass",
+    "outer": "gradients that are outer products, those of bases, taken by AdamW as such; plain: made whole",
     "memory": "on a CPU freed memory stays with the process; plain: as the C library likes",
     "masks": "one linear per sample, mixed from its experts; plain: all experts, weighed and summed",
     "matching": "the assignment solved while the network runs, once for all passes of a step; plain: in every pass, afterwards",

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench import measuring, saving, switches
+from bench.adamw import AdamW, Outer
 from bench.ahead import Ahead
 from bench.allocator import keep_freed_memory
 from bench.averaging import average, averaging
@@ -25,7 +26,7 @@ from bench.flops import measure as measure_cost
 from bench.heldout import make_heldout_set
 from bench.journal import Journal, Record
 from bench.learning_rate import lr_factor
-from bench.method import Method
+from bench.method import Method, offered
 from bench.objective import make_objective
 from bench.progress import TrainingBar
 from bench.randomness import Batch
@@ -90,7 +91,8 @@ class Trainer:
             groups.append({"params": loss_parameters, "lr": config.diffusion.uncertainty_lr})
         betas = (config.train.beta1, config.train.beta2)
         kernel = {"fused": True} if switches.is_on("optimizer") else {"foreach": False}
-        self.optimizer = torch.optim.AdamW(groups, betas=betas, weight_decay=config.train.weight_decay, **kernel)
+        self.outer: dict[nn.Parameter, Outer] = {}  # this step's gradients that are no parameter's `.grad`
+        self.optimizer = AdamW(groups, self.outer, betas=betas, weight_decay=config.train.weight_decay, **kernel)
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.only_scored = only_scored
@@ -123,7 +125,7 @@ class Trainer:
         shares = [self._train_on(batch, len(batches), len(intervals) == 1) for batch in batches]
         if len(intervals) > 1:
             average(self.parameters, self.world)
-        norm, t = gradient_norm(self.parameters), torch.cat([batch.t for batch in batches])
+        norm, t = gradient_norm(self.parameters, self.outer.values()), torch.cat([batch.t for batch in batches])
         passes = [samples for share in shares for _, samples in share]
         samples = {name: torch.cat([part[name] for part in passes]) for name in passes[0]}  # each (B,)
         of_intervals = losses_of_all([mean([losses for losses, _ in share]) for share in shares], len(intervals), self.world)
@@ -136,7 +138,7 @@ class Trainer:
         for group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = lr * factor
         self.optimizer.step()
-        self.ema.update(self.config.train.batch_size)
+        self.ema.update(self.config.train.batch_size, self.outer)
         for interval in intervals:
             self.updates[interval.index] += 1
         self.steps_done += 1
@@ -146,7 +148,13 @@ class Trainer:
         """The passes of one share's batch; its gradients are averaged over ranks here if its interval is common to them."""
         num_parts, of_loss = self.config.train.micro_batches, self.objective.module.parameters()
         ranks = self.world if is_common else World()
-        with self.method.one_step(batch.interval) as leaves, averaging([*leaves, *of_loss], ranks, num_parts):
+        is_only = is_common and num_shares == 1  # what is added up or sent later is made whole
+        outer = self.outer if is_only and switches.is_on("outer") else None
+        with (
+            offered(self.method, outer),
+            self.method.one_step(batch.interval) as leaves,
+            averaging([*leaves, *of_loss], ranks, num_parts),
+        ):
             return [self._backward(part, num_parts * num_shares) for part in batch.cut(num_parts)]
 
     def _backward(self, part: Batch, num_parts: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

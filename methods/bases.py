@@ -2,7 +2,8 @@
 
 Mixing is a matrix product over the stack. The gradients of the K are of rank one, `dL/dW_k = alpha_k G` with G that of the
 mixed weight, and `dL/dalpha_k = <W_k, G>`: what one optimiser step does with the mixed linear gathers in G, from which
-`Bases.spread` makes theirs at its end.
+theirs follow at its end (`Bases.spread`). AdamW takes alpha and G as they are (`bench.adamw`); K copies are made for whoever
+wants a parameter's `.grad`.
 """
 
 import math
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import switches
+from bench.adamw import Outer
 from methods.backbone import init_linear
 from methods.grouped import without_autocast
 
@@ -68,8 +70,11 @@ class Bases(nn.Module):
         return nn.Parameter(weight), nn.Parameter(bias)
 
     @torch.no_grad()
-    def spread(self, mixing: Tensor, weight: nn.Parameter, bias: nn.Parameter) -> Tensor:
+    def spread(
+        self, mixing: Tensor, weight: nn.Parameter, bias: nn.Parameter, outer: dict[nn.Parameter, Outer] | None = None
+    ) -> Tensor:
         """Add to the bases' gradients what follows from those of the mixed weight and bias; returns that of `mixing` (K,).
+        With `outer` none is made: they are put there.
 
         On a CPU a gradient that begins here is in memory that is kept: it holds until the next one begins.
         """
@@ -78,7 +83,10 @@ class Bases(nn.Module):
             for name, stacked, mixed in (("weight", self.weight, weight), ("bias", self.bias, bias)):
                 assert mixed.grad is not None
                 factors = mixing.view(-1, *[1] * mixed.dim())
-                if stacked.grad is None:
+                if outer is not None:
+                    assert stacked.grad is None and stacked not in outer
+                    outer[stacked] = Outer(mixing, mixed.grad)
+                elif stacked.grad is None:
                     out = self.kept.like(f"gradient of {name}", stacked) if stacked.device.type == "cpu" else None
                     stacked.grad = torch.mul(factors, mixed.grad, out=out)
                 else:

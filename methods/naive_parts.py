@@ -4,13 +4,15 @@ For `tsbench throughput --parts`.
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from bench.adamw import AdamW, Outer
 from bench.ema import EMA
+from bench.method import offered
 from bench.throughput.clock import Call, Part
 from methods.backbone import SIZES, DiT, Shape
 from methods.bases import Bases
@@ -34,23 +36,37 @@ def mixing_forward(size: str, batch_size: int, device: torch.device) -> tuple[Ca
 
 
 def mixing_forward_and_backward(size: str, batch_size: int, device: torch.device) -> tuple[Call, Call]:
-    """What one optimiser step adds to that of a dense network: mixing, and from the gradients of the mixed weights those of
-    bases and coefficients.
+    """Mixing, and from the gradients of the mixed weights those of bases and coefficients, as AdamW takes them: what that makes
+    of ours is in the next part.
     """
+    return _mixing(size, device, lambda optimizer: None)
+
+
+def mixing_and_adamw(size: str, batch_size: int, device: torch.device) -> tuple[Call, Call]:
+    """The same and the step of the bases, by the fused kernel on both sides."""
+    return _mixing(size, device, lambda optimizer: optimizer.step())
+
+
+def _mixing(size: str, device: torch.device, use: Callable[[torch.optim.Optimizer], object]) -> tuple[Call, Call]:
     method = remix(size, device)
     interval = method.intervals[0]
     upstream = [torch.randn_like(tensor) for tensor in mixed_plainly(method, method.block_coefficients(interval))]
     own = {id(parameter) for parameter in method.parameters()}
+    outer: dict[nn.Parameter, Outer] = {}
+    stacked = [parameter for linear in bases_of(method) for parameter in linear.parameters()]
+    optimizer = AdamW([*stacked, method.logits], outer, lr=1e-4, fused=True)
 
     def ours() -> None:
-        method.zero_grad(set_to_none=True)
-        with method.one_step(interval) as leaves:
+        optimizer.zero_grad()
+        with offered(method, outer), method.one_step(interval) as leaves:
             for mixed, gradient in zip([leaf for leaf in leaves if id(leaf) not in own], upstream, strict=True):
                 mixed.grad = gradient
+        use(optimizer)
 
     def plain() -> None:
-        method.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         torch.autograd.backward(mixed_plainly(method, method.block_coefficients(interval)), upstream)
+        use(optimizer)
 
     return ours, plain
 
@@ -134,6 +150,7 @@ def shape_of(size: str) -> Shape:
 PARTS: dict[str, Part] = {
     "mixing, forward": mixing_forward,
     "mixing, forward and backward": mixing_forward_and_backward,
+    "mixing and AdamW": mixing_and_adamw,
     "mixture of 8 experts": mixture_layer,
     "mixture of 32 small experts": mixture_layer_of_small_experts,
     "optimiser and average": optimiser_and_average,

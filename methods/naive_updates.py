@@ -1,9 +1,10 @@
 """What do optimiser and average do in plain code: parameter by parameter, in Python?"""
 
+from collections.abc import Container
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.ema import EMA
 
@@ -41,7 +42,8 @@ class LoopedEMA(EMA):
     """The average, one parameter after the other."""
 
     @torch.no_grad()
-    def update(self, num_images: int) -> None:
+    def update(self, num_images: int, others: Container[nn.Parameter] = ()) -> None:
+        assert not others  # plain code makes all gradients whole
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:
                 self.images_seen[name] += num_images

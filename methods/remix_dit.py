@@ -11,8 +11,8 @@ Paper: Fang et al., Remix-DiT, arXiv 2412.05628.
 The bases are K sets of the four linears of each block; adaLN, embedders and final layer are shared by all experts.
 Weights are mixed once per optimiser step, then the plain backbone's computation runs. The bases' gradients are of rank
 one, `dL/dW_k = alpha_k G` with G that of the mixed weight, and `dL/dalpha_k = <W_k, G>`: passes and ranks add up G, the
-gradient of one network, and the K copies are made once, at the end of a step (`RemixDiT.one_step`). A step that trains
-several experts (`train.intervals_per_step`) does all of this for each, and adds up the copies.
+gradient of one network, and AdamW takes alpha and G at the end of a step (`RemixDiT.one_step`, `bench.adamw`). A step that
+trains several experts (`train.intervals_per_step`) does this for each, makes K copies of every G, and adds them up.
 
 Deviations: the prior weight is annealed linearly from `prior_weight` to 0, as in the paper; `prior_annealing:
 released` is the released code's 2e-4 to 1e-4 (a sign slip), scaled by `prior_weight`. Batches across intervals are
@@ -186,7 +186,7 @@ class RemixDiT(Method):
             gradient = torch.zeros_like(coefficients)
             for index, block in enumerate(self.network.blocks):
                 for linear, pair in zip(block.bases().values(), self.mixed[index], strict=True):
-                    gradient[index] += linear.spread(coefficients[index].detach(), *pair)
+                    gradient[index] += linear.spread(coefficients[index].detach(), *pair, self.outer_gradients)
             if coefficients.requires_grad:
                 coefficients.backward(gradient)
         finally:

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 from helpers import NUM_TIMESTEPS, TINY, VARIANTS, batch, tiny
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import switches
+from bench.adamw import AdamW, Outer
 from bench.memory import training_memory, trains_fused_attention
-from bench.method import Method
+from bench.method import Method, offered
 from methods import METHODS
 from methods.backbone import Shape
 
@@ -21,9 +22,14 @@ IMAGE = (TINY.channels, TINY.input_size, TINY.input_size)
 
 def held_bytes(method: Method, num_images: int, index: int, bf16: bool, shape: Shape = TINY) -> int:
     """What real training holds at the end of a forward pass after its first step: every storage that is alive, once."""
-    optimizer = torch.optim.AdamW(method.parameters())
-    for parameter in method.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+    outer: dict[nn.Parameter, Outer] = {}
+    optimizer = AdamW(method.parameters(), outer)
+    with offered(method, outer), method.one_step(method.intervals[index]) as leaves:
+        for leaf in leaves:
+            leaf.grad = torch.zeros_like(leaf)
+    for parameter in method.parameters():  # of other networks, too: nobody clears those before the next step
+        if parameter not in outer:
+            parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     average = [p.detach().clone() for p in method.parameters()]
     moments = [m for state in optimizer.state.values() for m in (state["exp_avg"], state["exp_avg_sq"])]
@@ -33,8 +39,9 @@ def held_bytes(method: Method, num_images: int, index: int, bf16: bool, shape: S
         held[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    for tensor in (*method.parameters(), *method.buffers(), *(p.grad for p in method.parameters()), *average, *moments):
-        keep(tensor)  # type: ignore[arg-type]
+    gradients = [p.grad for p in method.parameters() if p.grad is not None] + [each.shared for each in outer.values()]
+    for tensor in (*method.parameters(), *method.buffers(), *gradients, *average, *moments):
+        keep(tensor)
     interval = method.intervals[index]
     autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:

@@ -169,7 +169,7 @@ def test_plain_adamw_is_adamw(weight_decay):
     ("method", "half_life"), [("dense", 40), ("multi_expert", 40), ("remix_dit", 40), ("dense", 0)], ids=lambda given: f"{given}"
 )
 def test_plain_updates_train_as_ours_do(method, half_life):
-    settings = (f"train.ema_half_life_images={half_life}", "train.weight_decay=0.01")
+    settings = (f"train.ema_half_life_images={half_life}", "train.weight_decay=0.01", "system.plain=outer")
     ours, plain = tiny_trainer(method, *settings), tiny_trainer(method, *settings)
     loop_updates(plain)
     assert isinstance(plain.optimizer, LoopedAdamW) and isinstance(plain.ema, LoopedEMA)

@@ -44,7 +44,7 @@ def _need(contestant: Contestant, setup: Setup) -> Need:
     with switches.only_off(plain):
         memory = training_memory(method, SHAPE, contestant.batch_size, fused_attention=fused)
         made = bytes_made_for_steps(method)
-    # gradients go, but a method may keep their memory; what it makes for a step it may keep too, and make again for the sampler
+    # gradients go, but a method may keep their memory; what it makes for a step it keeps too, and makes again for the sampler
     held = memory.total - memory.activations + 2 * made
     return Need(held + (1 + PASSING) * memory.activations + LIBRARIES, held)
 
