@@ -4,25 +4,28 @@ The gradients of K stacked parameters that a step mixes into one are multiples o
 them, they are K networks in memory, written once to be read once; here a piece at a time is made and used.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-PIECE = {"cpu": 1 << 21, "cuda": 1 << 24}  # values of a gradient that are made at a time: on a GPU calls cost more than memory
+from bench.method import Outer
+
+PIECE = {"cpu": 1 << 20, "cuda": 1 << 24}  # values of gradients that are made at a time: on a GPU calls cost more than memory
+OPTIONS = ("lr", "weight_decay", "eps", "maximize", "foreach", "fused", "capturable", "differentiable", "amsgrad")
 
 
-class Outer(NamedTuple):
-    """The gradient (K, ...) of a parameter that is `factors` (K,) times `shared` (...)."""
+class Piece(NamedTuple):
+    """Of a parameter and of all that its step takes; its gradient is `factors * shared`."""
 
+    parameter: Tensor
     factors: Tensor
     shared: Tensor
-
-    def norm(self) -> Tensor:
-        """Of the whole gradient (scalar)."""
-        return torch.linalg.vector_norm(self.factors) * torch.linalg.vector_norm(self.shared)
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: Tensor  # which its step counts on
 
 
 class AdamW(torch.optim.AdamW):
@@ -42,34 +45,55 @@ class AdamW(torch.optim.AdamW):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         super().step()
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter in self.outer:
-                    self._step_by(self.outer[parameter], parameter, group)
+            parameters = [parameter for parameter in group["params"] if parameter in self.outer]
+            for some in batched(piece for parameter in parameters for piece in self._pieces(parameter, group)):
+                _step(some, group)
 
-    def _step_by(self, gradient: Outer, parameter: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
+    def _pieces(self, parameter: nn.Parameter, group: dict[str, Any]) -> Iterator[Piece]:
+        state, (factors, shared) = self.state[parameter], self.outer[parameter]
         if not state:  # as torch begins one
             state["step"] = torch.zeros((), device=parameter.device if group["fused"] else "cpu")
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        factors = gradient.factors.view(-1, *[1] * gradient.shared.dim())
-        beta1, beta2 = group["betas"]
-        names = ("lr", "weight_decay", "eps", "maximize", "foreach", "fused", "capturable", "differentiable", "amsgrad")
-        for each, rows in pieces(parameter.shape, PIECE.get(parameter.device.type, PIECE["cuda"])):
-            adamw(
-                [parameter[each, rows]],
-                [factors[each] * gradient.shared[rows]],
-                [state["exp_avg"][each, rows]],
-                [state["exp_avg_sq"][each, rows]],
-                [],
-                [state["step"].clone()],  # which it counts on
-                beta1=beta1,
-                beta2=beta2,
-                **{name: cast(Any, group[name]) for name in names},
-            )
-        state["step"] += 1
+        factors = factors.view(-1, *[1] * shared.dim())
+        places = list(cut(parameter.shape, most_values(parameter)))
+        for place in places:
+            exp_avg, exp_avg_sq = state["exp_avg"][place], state["exp_avg_sq"][place]
+            step = state["step"] if place is places[-1] else state["step"].clone()
+            yield Piece(parameter[place], factors[place[0]], shared[place[1]], exp_avg, exp_avg_sq, step)
 
 
-def pieces(shape: torch.Size, num_values: int) -> Iterator[tuple[slice, slice]]:
+def _step(some: list[Piece], group: dict[str, Any]) -> None:
+    beta1, beta2 = group["betas"]
+    adamw(
+        [piece.parameter for piece in some],
+        [piece.factors * piece.shared for piece in some],
+        [piece.exp_avg for piece in some],
+        [piece.exp_avg_sq for piece in some],
+        [],
+        [piece.step for piece in some],
+        beta1=beta1,
+        beta2=beta2,
+        **{name: cast(Any, group[name]) for name in OPTIONS},
+    )
+
+
+def most_values(tensor: Tensor) -> int:
+    return PIECE.get(tensor.device.type, PIECE["cuda"])
+
+
+def batched(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """In their order, as many as are made at a time."""
+    some: list[Piece] = []
+    for piece in pieces:
+        if some and sum(each.parameter.numel() for each in (*some, piece)) > most_values(piece.parameter):
+            yield some
+            some = []
+        some.append(piece)
+    if some:
+        yield some
+
+
+def cut(shape: torch.Size, num_values: int) -> Iterator[tuple[slice, slice]]:
     """Of (K, rows, ...), all of it in the order of memory: some of the K whole, or some rows of one, of about so many values."""
     num_stacked, num_rows, *rest = shape
     values_of_row = torch.Size(rest).numel()

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from bench.adamw import Outer
+from bench.method import Outer
 
 FAREWELL_SECONDS = 0.2
 LONGEST = 300  # characters of what one rank tells the others of its failure

@@ -1,10 +1,10 @@
 """How much memory will training need? Counted on the meta device, where nothing is allocated.
 
-Weights, gradients (of bases those of one mixed network), AdamW's two moments and the average, 4 bytes each, and what one
-micro-batch keeps for its backward pass in fp32 (in bf16 activations are less: the estimate is then too high). In bf16 it
-keeps a copy, 2 bytes each, of every weight that is multiplied too: of the whole network, also where a rank holds a part of
-it; with `recompute` of one block at a time. Of a sharded run a rank's part of each, and what is gathered at a time. Temporary
-buffers and the allocator's rounding come on top; `peak_memory_bytes` in a run's summary is measured.
+Weights, gradients (of bases those of one mixed network, where AdamW takes them so), its two moments and the average, 4 bytes
+each, and what one micro-batch keeps for its backward pass in fp32 (in bf16 activations are less: the estimate is then too
+high). In bf16 it keeps a copy, 2 bytes each, of every weight that is multiplied too: of the whole network, also where a rank
+holds a part of it; with `recompute` of one block at a time. Of a sharded run a rank's part of each, and what is gathered at a
+time. Temporary buffers and the allocator's rounding come on top; `peak_memory_bytes` in a run's summary is measured.
 """
 
 import copy
@@ -20,8 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from bench import switches
-from bench.adamw import Outer
-from bench.method import Method, offered
+from bench.method import Method, Outer, offered
 from bench.recompute import blocks_of
 from bench.sharding import part_of
 
@@ -84,11 +83,13 @@ def training_memory(
 
 def _spared_bytes(method: Method, one_interval: bool) -> int:
     """Of gradients that AdamW takes as outer products."""
-    outer: dict[nn.Parameter, Outer] | None = {} if one_interval and switches.is_on("outer") else None
+    if not (one_interval and switches.is_on("outer")):
+        return 0
+    outer: dict[nn.Parameter, Outer] = {}
     with offered(method, outer), method.one_step(method.intervals[0]) as leaves:
         for leaf in leaves:
             leaf.grad = torch.empty_like(leaf)
-    return sum(parameter.nbytes - gradient.shared.nbytes for parameter, gradient in (outer or {}).items())
+    return sum(parameter.nbytes - gradient.shared.nbytes for parameter, gradient in outer.items())
 
 
 def _gathered_bytes(method: Method) -> int:

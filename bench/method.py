@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench.adamw import Outer
 from bench.intervals import Interval
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -26,6 +25,13 @@ class Prediction(NamedTuple):
 
     output: Tensor  # (B, C_out, H, W)
     penalties: dict[str, Tensor]  # weighted scalars: added to the loss and logged by name
+
+
+class Outer(NamedTuple):
+    """The gradient (K, ...) of a parameter that is `factors` (K,) times `shared` (...); neither changes before the step."""
+
+    factors: Tensor
+    shared: Tensor
 
 
 class Probe(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import measuring, saving, switches
-from bench.adamw import AdamW, Outer
+from bench.adamw import AdamW
 from bench.ahead import Ahead
 from bench.allocator import keep_freed_memory
 from bench.averaging import average, averaging
@@ -26,7 +26,7 @@ from bench.flops import measure as measure_cost
 from bench.heldout import make_heldout_set
 from bench.journal import Journal, Record
 from bench.learning_rate import lr_factor
-from bench.method import Method, offered
+from bench.method import Method, Outer, offered
 from bench.objective import make_objective
 from bench.progress import TrainingBar
 from bench.randomness import Batch
@@ -148,8 +148,7 @@ class Trainer:
         """The passes of one share's batch; its gradients are averaged over ranks here if its interval is common to them."""
         num_parts, of_loss = self.config.train.micro_batches, self.objective.module.parameters()
         ranks = self.world if is_common else World()
-        is_only = is_common and num_shares == 1  # what is added up or sent later is made whole
-        outer = self.outer if is_only and switches.is_on("outer") else None
+        outer = self.outer if is_common and switches.is_on("outer") else None  # what is added up or sent later is made whole
         with (
             offered(self.method, outer),
             self.method.one_step(batch.interval) as leaves,

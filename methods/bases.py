@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import switches
-from bench.adamw import Outer
+from bench.method import Outer
 from methods.backbone import init_linear
 from methods.grouped import without_autocast
 

@@ -10,9 +10,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from bench.adamw import AdamW, Outer
+from bench.adamw import AdamW
 from bench.ema import EMA
-from bench.method import offered
+from bench.method import Outer, offered
 from bench.throughput.clock import Call, Part
 from methods.backbone import SIZES, DiT, Shape
 from methods.bases import Bases

@@ -43,7 +43,7 @@ class LoopedEMA(EMA):
 
     @torch.no_grad()
     def update(self, num_images: int, others: Container[nn.Parameter] = ()) -> None:
-        assert not others  # plain code makes all gradients whole
+        assert not others
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:
                 self.images_seen[name] += num_images
@@ -53,7 +53,7 @@ class LoopedEMA(EMA):
 
 
 def loop_updates(trainer: "Trainer") -> None:
-    """Give a trainer that has not begun the plain optimiser and average."""
+    """Give a trainer that has not begun the plain optimiser and average; its method makes gradients whole (switch `outer`)."""
     train = trainer.config.train
     groups = [{"params": group["params"], "lr": group["lr"]} for group in trainer.optimizer.param_groups]
     trainer.optimizer = LoopedAdamW(groups, train.lr, (train.beta1, train.beta2), train.weight_decay)  # type: ignore[assignment]

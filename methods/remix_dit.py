@@ -183,10 +183,11 @@ class RemixDiT(Method):
             ]
         try:
             yield self._leaves(stacked)
+            mixing = coefficients.detach().clone()  # raw ones are a parameter, which the optimiser may move before it takes them
             gradient = torch.zeros_like(coefficients)
             for index, block in enumerate(self.network.blocks):
                 for linear, pair in zip(block.bases().values(), self.mixed[index], strict=True):
-                    gradient[index] += linear.spread(coefficients[index].detach(), *pair, self.outer_gradients)
+                    gradient[index] += linear.spread(mixing[index], *pair, self.outer_gradients)
             if coefficients.requires_grad:
                 coefficients.backward(gradient)
         finally:

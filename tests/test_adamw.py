@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from training import drawn, state_of, tiny_trainer
 
 from bench import adamw
-from bench.adamw import AdamW, Outer, pieces
+from bench.adamw import AdamW, cut
 from bench.distributed import gradient_norm
+from bench.method import Outer
 
 SHAPES = [(4, 24, 7), (3, 10), (1, 5, 8), (2, 3, 2, 2)]
 KERNELS = {"fused": {"fused": True}, "plain": {"foreach": False}}
@@ -73,26 +74,35 @@ def test_a_step_by_outer_products_is_one_by_gradients_made_whole(
 @pytest.mark.parametrize("num_values", [1, 8, 14, 15, 60, 10_000])
 def test_pieces_are_all_of_a_parameter_once_each_in_a_row(shape: tuple[int, ...], num_values: int) -> None:
     values = torch.arange(torch.Size(shape).numel()).view(shape)
-    cut = [values[place] for place in pieces(values.shape, num_values)]
-    assert torch.equal(torch.cat([piece.reshape(-1) for piece in cut]), values.reshape(-1))
-    assert all(piece.is_contiguous() for piece in cut)
+    found = [values[place] for place in cut(values.shape, num_values)]
+    assert torch.equal(torch.cat([piece.reshape(-1) for piece in found]), values.reshape(-1))
+    assert all(piece.is_contiguous() for piece in found)
     smallest = values[0, 0].numel()
-    assert all(piece.numel() <= max(num_values, smallest) for piece in cut)
+    assert all(piece.numel() <= max(num_values, smallest) for piece in found)
 
 
-SETTINGS = [(), ("options.coefficients=local", "train.micro_batches=2"), ("options.mixer=raw", "train.weight_decay=0.1")]
+VARIANTS = [
+    (),
+    ("options.coefficients=local", "train.micro_batches=2"),
+    ("options.mixer=raw", "train.weight_decay=0.1"),
+    ("options.mixer=raw", "options.coefficients=local", "options.coefficient_lr=0.1"),
+    ("options.mixer=one_hot",),
+]
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
-def test_a_training_is_the_same_whether_gradients_are_made_whole_or_not(settings: tuple[str, ...]) -> None:
-    ours, plain = (
-        tiny_trainer("remix_dit", "train.ema_half_life_images=30", *settings, *more) for more in ((), ("system.plain=outer",))
-    )
-    for trained in (ours, plain):
+@pytest.mark.parametrize("kernel", ["", "optimizer"], ids=["fused", "plain"])
+@pytest.mark.parametrize("settings", VARIANTS, ids=",".join)
+def test_a_training_is_the_same_whether_gradients_are_made_whole_or_not(settings: tuple[str, ...], kernel: str) -> None:
+    """One after the other: a trainer's switches are those of the process."""
+    found = []
+    for names in (kernel, f"{kernel},outer"):
+        plain = [f"system.plain={names.strip(',')}"] if names else []
+        trained = tiny_trainer("remix_dit", "train.ema_half_life_images=30", *settings, *plain)
         trained.fit()
-    assert ours.steps_done == plain.steps_done == 12 and ours.ema.images_seen == plain.ema.images_seen
-    (one, other) = (state_of(trained) for trained in (ours, plain))
-    assert one.keys() == other.keys()
+        assert bool(trained.outer) == ("outer" not in names) and trained.steps_done == 12
+        found.append((state_of(trained), trained.ema.images_seen))
+    (one, seen), (other, seen_whole) = found
+    assert one.keys() == other.keys() and seen == seen_whole
     for name, tensor in one.items():
         assert_close(tensor, other[name], 1e-5)
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import switches
-from bench.adamw import AdamW, Outer
+from bench.adamw import AdamW
 from bench.memory import training_memory, trains_fused_attention
-from bench.method import Method, offered
+from bench.method import Method, Outer, offered
 from methods import METHODS
 from methods.backbone import Shape
 

@@ -21,7 +21,7 @@ from helpers import (
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from training import RUNS, drawn, tiny_trainer
+from training import RUNS, drawn, gradient_of, tiny_trainer
 
 import methods.grouped
 from bench import switches
@@ -33,7 +33,6 @@ from bench.journal import Journal
 from bench.method import Method
 from bench.recompute import recompute_blocks
 from bench.switches import SWITCHES, is_on, parse, without
-from bench.trainer import Trainer
 from methods import METHODS
 from methods.switch_dit import SwitchDiT, match_columns
 
@@ -103,7 +102,7 @@ def test_a_step_is_the_same_without_an_optimisation_and_computed_otherwise(name)
         for term in of_one:
             assert float(of_other[term]) == pytest.approx(float(of_one[term]), rel=1e-5), (method, term)
         for (label, p), q in zip(one.method.named_parameters(), other.method.parameters(), strict=True):
-            gradient, others = gradient_of(p, one), gradient_of(q, other)
+            gradient, others = gradient_of(one, p), gradient_of(other, q)
             assert (gradient is None) == (others is None), label
             if gradient is not None:
                 assert_close(others, gradient, 1e-5)
@@ -115,12 +114,6 @@ def test_a_step_is_the_same_without_an_optimisation_and_computed_otherwise(name)
         if operations[0] != operations[1]:
             differs.add(method)
     assert differs & PUBLISHED == CONCERNED[name]
-
-
-def gradient_of(parameter: torch.nn.Parameter, trained: Trainer) -> torch.Tensor | None:
-    if parameter in trained.outer:
-        return torch.einsum("k,...->k...", *trained.outer[parameter])
-    return parameter.grad
 
 
 PUBLISHED = {"dense", "multi_expert", "dtr", "switch_dit", "dit_moe", "remix_dit"}

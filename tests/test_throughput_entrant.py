@@ -109,14 +109,16 @@ def test_batches_lie_ready():
     assert drawn[0].x0 is drawn[2].x0 and drawn[0].x0 is not drawn[1].x0  # nothing is drawn while time is taken
 
 
-def test_who_rests_holds_no_gradients():
-    entrant = Entrant(Contestant("dense", SIZE, 4), Setup(), UNMEASURED, PLAIN)
+@pytest.mark.parametrize("method", ["dense", "remix_dit"])
+def test_who_rests_holds_no_gradients(method):
+    entrant = Entrant(Contestant(method, SIZE, 4), Setup(), UNMEASURED, PLAIN)
     parameters = list(entrant.trainer.method.parameters())
     assert all(parameter.grad is None for parameter in parameters)
     entrant.train()
     assert any(parameter.grad is not None for parameter in parameters)
+    assert bool(entrant.trainer.outer) == (method == "remix_dit")
     entrant.rest()
-    assert all(parameter.grad is None for parameter in parameters)
+    assert all(parameter.grad is None for parameter in parameters) and not entrant.trainer.outer
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor")  # dynamo looks at it

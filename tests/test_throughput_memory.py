@@ -21,6 +21,7 @@ from bench.throughput.memory import Memory
 from methods.bases import Bases
 
 WIDE = "2x64x4/2"  # 4 heads, 256 tokens
+STACKED = 2 * 4 * (12 * 64**2 + 9 * 64)  # bytes of its blocks' four linears, once
 ATTENTION_WEIGHTS = 2 * 8 * 4 * 256 * 256 * 4  # bytes of its blocks for 8 images: a third of dense's peak or more
 
 
@@ -42,7 +43,7 @@ def test_no_more_is_needed_than_was_counted(method: str, plain: bool) -> None:
 @pytest.mark.parametrize("method", ["dense", "dtr", "dit_moe", "remix_dit"])
 def test_ours_keeps_no_attention_weights(method: str) -> None:
     plain, ours = (count_of(Contestant(method, WIDE, 8, plain=plain), Setup()).need for plain in (True, False))
-    assert plain.held == ours.held
+    assert plain.held - ours.held == (3 * STACKED if method == "remix_dit" else 0)  # gradients of 4 bases, where one is enough
     assert plain.peak - ours.peak == pytest.approx((1 + PASSING) * ATTENTION_WEIGHTS, rel=0.1)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from helpers import randomise
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench import checkpoint, cli
 from bench.config import RunConfig
@@ -80,6 +80,13 @@ def tiny_trainer(
 def drawn(of: Trainer, step: int = 0, interval: int = 0) -> Batch:
     """The batch that a trainer would draw for a step of an interval."""
     return draw_batch(step, of.method.intervals[interval], of.config, of.data, 0.0)
+
+
+def gradient_of(trainer: Trainer, parameter: nn.Parameter) -> Tensor | None:
+    """In the last step, whole."""
+    if parameter in trainer.outer:
+        return torch.einsum("k,...->k...", *trainer.outer[parameter])
+    return parameter.grad
 
 
 def state_of(trainer: Trainer) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ class Count(NamedTuple):
 
 
 def count_of(contestant: Contestant, setup: Setup) -> Count:
-    """Of a plain version as of ours but for attention: sorted rows are as many as those behind masks."""
+    """Of a plain version as of ours but for attention and whole gradients: sorted rows are as many as those behind masks."""
     return Count(_cost(replace(contestant, precision=FP32, compiled="none", plain=False), setup), _need(contestant, setup))
 
 
@@ -39,10 +39,11 @@ def _cost(contestant: Contestant, setup: Setup) -> Cost:
 
 
 def _need(contestant: Contestant, setup: Setup) -> Need:
-    method, plain = _on_meta(contestant, setup), switches.parse(config_of(contestant, setup).system.plain)
+    method, config = _on_meta(contestant, setup), config_of(contestant, setup)
     fused = not contestant.plain and trains_fused_attention(setup.device, contestant.precision)
-    with switches.only_off(plain):
-        memory = training_memory(method, SHAPE, contestant.batch_size, fused_attention=fused)
+    with switches.only_off(switches.parse(config.system.plain)):
+        one_interval = not contestant.plain and config.train.intervals_per_step == 1
+        memory = training_memory(method, SHAPE, contestant.batch_size, fused_attention=fused, one_interval=one_interval)
         made = bytes_made_for_steps(method)
     # gradients go, but a method may keep their memory; what it makes for a step it keeps too, and makes again for the sampler
     held = memory.total - memory.activations + 2 * made
