@@ -177,6 +177,14 @@ def test_bars_are_images_per_second_with_quartiles():
     assert "a device" in drawn.figure.get_suptitle()
 
 
+def test_a_legend_tells_ours_from_plain_code_where_there_is_any():
+    for codes in (["ours"], ["ours", "naive"]):
+        with style.settings():
+            (drawn,) = speed(frame_of([row("one", code, 0.5) for code in codes], {"device": "a device"}), "cpu")
+        legend = drawn.figure.axes[0].get_legend()
+        assert [text.get_text() for text in legend.get_texts()] == codes and legend.get_visible() == (len(codes) == 2)
+
+
 def test_plain_code_stands_beside_ours_where_that_is_compiled_and_whiskers_lie_on_their_bars():
     ours = [row(name, "ours", 0.5, compile="blocks") for name in ("one", "other")]
     frame = frame_of([*ours, row("one", "naive", 1.0), row("other", "naive", 1.0)], {"device": "a device"})

@@ -71,8 +71,6 @@ def _parts(data: pd.DataFrame, name: str) -> list[Drawn]:
     _double(axes, ours["speed_over_naive"])
     axes.set_xlabel("times as fast as plain code in the same run")
     _dress(axes, rows)
-    if legend := axes.get_legend():  # of one kind of bars
-        legend.remove()
     figure.suptitle(f"Parts on {data['device'].iloc[0]}")
     return [Drawn(name, figure, None)]
 
@@ -108,6 +106,7 @@ def _dress(axes: Axes, rows: list[str]) -> None:
     axes.tick_params(axis="y", length=0)
     if legend := axes.get_legend():
         legend.set_title("")
+        legend.set_visible(len(legend.get_texts()) > 1)
 
 
 def _quartiles(row: Any, column: str) -> tuple[float, float]:
