@@ -143,6 +143,7 @@ def test_a_process_that_was_paused_too_long_stops(folder: Path, monkeypatch: pyt
         paused.send_signal(signal.SIGSTOP)
         wait_until(lambda: (holder := read(folder)) is not None and holder.expired)
         with hold(folder) as held:
+            monkeypatch.setattr(lease, "EXPIRE_SECONDS", 600.0)  # ours, however slow this machine is
             token = token_of(folder)
             paused.send_signal(signal.SIGCONT)
             assert ask(paused) == "True"
